@@ -24,11 +24,10 @@ def interact(h: Tensor, edge: Tensor | None, edges: str) -> Tensor:
         return h
     if edge is None:
         raise ValueError(f"edges={edges!r} takes edge")
+    A = as_type(edge, h)
     if edges == "dynamic":
         # A[c, :] = tanh(h_c W^edge)
-        A = torch.tanh(torch.matmul(h, as_type(edge, h)))
-    else:
-        A = as_type(edge, h)
+        A = torch.tanh(torch.matmul(h, A))
     return h + torch.matmul(A, h)
 
 

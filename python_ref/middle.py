@@ -66,7 +66,8 @@ def visual_concept_reasoning(
         z = F.batch_norm(y, None, None, w, b, True, 0.0, norm_eps)
         norm_var, norm_mean = torch.var_mean(y.detach().to(dtype), [0, *range(2, y.dim())], correction=1)
     elif norm == "given":
-        assert norm_mean is not None and norm_var is not None
+        if norm_mean is None or norm_var is None:
+            raise ValueError("norm='given' takes norm_mean and norm_var")
         z = F.batch_norm(y, norm_mean.to(dtype), norm_var.to(dtype), w, b, False, 0.0, norm_eps)
     else:
         z = y

@@ -32,7 +32,7 @@ def check_variants(sampler: str, edges: str, modulation: str, affine: str) -> No
 
 
 def state_width(p: int) -> int:
-    """p̃ for p channels per concept: ``max``, where the paper prints ``min``; only ``max`` gives its counts of parameters."""
+    """p̃ for p channels per concept: ``max``, where the paper prints ``min``, which misses its own parameter counts."""
     return max(p // 4, 4)
 
 
