@@ -1,0 +1,195 @@
+// From torch's tensors to pointers and strides. No arithmetic here; the checks guard memory only (users' errors are raised in
+// Python, before the op).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../common/dtypes.h"
+#include "../common/problem.h"
+#include "../common/variants.h"
+
+namespace vcr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("vcr_ops: ") + what);
+}
+
+template <class Enum, int count>
+Enum variant(const char* const (&names)[count], const std::string& name, const char* what) {
+  const int index = index_of(names, name.c_str());
+  if (index < 0) throw std::invalid_argument("vcr_ops: unknown " + std::string(what) + " '" + name + "'");
+  return Enum(index);
+}
+
+template <class A>
+constexpr ScalarType scalar_type() {
+  return sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+// f(T{}) with the feature type of `map`.
+template <class F>
+auto dispatch(const Tensor& map, F f) {
+  require(map.is_cpu(), "the C++ kernels take CPU tensors");
+  switch (map.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bf16{});
+    default: throw std::invalid_argument("vcr_ops: features are float32, float64 or bfloat16");
+  }
+}
+
+// Sizes and strides of a (N, C p, *spatial) tensor with its spatial dimensions flattened.
+struct MapShape {
+  int64_t N = 0, channels = 0, S = 1;
+  int64_t image = 0, channel = 0, position = 0;
+  bool in_place = false;  // the kernels can walk it as it lies
+  bool channels_last = false;
+  bool dense = false;
+
+  explicit MapShape(const Tensor& t) {
+    const auto size = t.sizes(), stride = t.strides();
+    require(t.dim() >= 3, "a feature map has at least three dimensions");
+    N = size[0], channels = size[1], image = stride[0], channel = stride[1];
+    bool flat = true;
+    int64_t next = 0;  // the stride that the next outer dimension must have
+    for (int64_t d = t.dim() - 1; d >= 2; --d) {
+      S *= size[d];
+      if (size[d] == 1) continue;
+      if (next == 0)
+        position = stride[d], next = stride[d] * size[d];
+      else if (stride[d] == next)
+        next *= size[d];
+      else
+        flat = false;
+    }
+    if (N == 1) image = 0;
+    if (S == 1) position = 1;
+    if (channels == 1) channel = S;
+    // an expanded (stride 0) or otherwise overlapping map is read through a copy
+    if (flat && position == 1 && (channel >= S || S == 1)) {
+      in_place = true;
+      dense = channel == S && (N == 1 || image == channels * S);
+    } else if (flat && channel == 1 && position >= channels && t.dim() <= 5) {
+      in_place = channels_last = true;
+      dense = position == channels && (N == 1 || image == channels * S);
+    }
+  }
+};
+
+inline Tensor dense_contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
+
+// A new map of `like`'s sizes and dtype, dense, channels_last where asked.
+inline Tensor new_map(const Tensor& like, const MapShape& shape) {
+  if (shape.dense) return torch::stable::empty_like(like);
+  const auto size = like.sizes();
+  const std::vector<int64_t> sizes(size.begin(), size.end());
+  if (!shape.channels_last) return torch::stable::new_empty(like, sizes);
+  if (like.dim() == 3) return torch::stable::transpose(torch::stable::new_empty(like, {size[0], size[2], size[1]}), 1, 2);
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              like.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+}
+
+// A map to read: in place where the kernels can walk it, else through one dense copy.
+class MapInput {
+ public:
+  explicit MapInput(const Tensor& t) : tensor_(t), shape_(t) {
+    if (!shape_.in_place) {
+      tensor_ = dense_contiguous(t);
+      shape_ = MapShape(tensor_);
+    }
+  }
+  // In the format of `other`, which the result shares kernels with.
+  MapInput(const Tensor& t, const MapInput& other) : tensor_(t), shape_(t) {
+    require(shape_.N == other.shape_.N && shape_.channels == other.shape_.channels && shape_.S == other.shape_.S,
+            "grad_out's size differs from the map's");
+    require(t.scalar_type() == other.tensor_.scalar_type(), "grad_out's dtype differs from the map's");
+    const bool same = shape_.in_place && shape_.channels_last == other.shape_.channels_last;
+    if (!same) {
+      tensor_ = new_map(other.tensor_, other.shape_);
+      torch::stable::copy_(tensor_, t);
+      shape_ = MapShape(tensor_);
+      if (shape_.channels_last != other.shape_.channels_last) {  // strides that both formats share
+        shape_.channels_last = other.shape_.channels_last;
+      }
+    }
+  }
+  const Tensor& tensor() const { return tensor_; }
+  const MapShape& shape() const { return shape_; }
+  template <class T>
+  Map<const T> map() const {
+    return {static_cast<const T*>(tensor_.const_data_ptr()), shape_.image, shape_.channel, shape_.position};
+  }
+
+ private:
+  Tensor tensor_;
+  MapShape shape_;
+};
+
+template <class T>
+Map<T> output_map(Tensor& t) {
+  const MapShape shape(t);
+  return {static_cast<T*>(t.mutable_data_ptr()), shape.image, shape.channel, shape.position};
+}
+
+// Parameters in accumulation type: as they lie where they have it already, converted otherwise.
+template <class A>
+class Params {
+ public:
+  const A* operator()(const OptionalTensor& t, int64_t count, const char* name) {
+    return t.has_value() ? (*this)(*t, count, name) : nullptr;
+  }
+  const A* operator()(const Tensor& t, int64_t count, const char* name) {
+    require(t.numel() == count && t.is_cpu(), name);
+    if (t.scalar_type() == scalar_type<A>() && t.is_contiguous()) return static_cast<const A*>(t.const_data_ptr());
+    held_.push_back(torch::stable::contiguous(torch::stable::to(t, scalar_type<A>())));
+    return static_cast<const A*>(held_.back().const_data_ptr());
+  }
+
+ private:
+  std::vector<Tensor> held_;
+};
+
+template <class A>
+A* data(Tensor& t) {
+  return static_cast<A*>(t.mutable_data_ptr());
+}
+template <class A>
+Tensor new_small(const Tensor& like, std::initializer_list<int64_t> size) {
+  return torch::stable::new_empty(like, size, scalar_type<A>());
+}
+// A gradient in accumulation type; 0 elements where the parameter is absent.
+template <class A>
+Tensor new_gradient(const Tensor& like, const OptionalTensor& parameter) {
+  if (!parameter.has_value()) return new_small<A>(like, {0});
+  const auto size = parameter->sizes();
+  return torch::stable::new_empty(like, std::vector<int64_t>(size.begin(), size.end()), scalar_type<A>());
+}
+inline Tensor in_type_of(Tensor gradient, const OptionalTensor& parameter) {
+  if (!parameter.has_value() || parameter->scalar_type() == gradient.scalar_type()) return gradient;
+  return torch::stable::to(gradient, parameter->scalar_type());
+}
+
+// PyTorch's own thread pool.
+inline Parallel torch_pool() {
+  return {[](int64_t count, Parallel::Body body, void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          int(torch::stable::get_num_threads())};
+}
+
+// Where the environment variable VCR_OPS_PROFILE is set, the clock that each pass reports to; started by this call.
+PassClock pass_clock();
+
+}  // namespace vcr

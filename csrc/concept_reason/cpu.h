@@ -1,0 +1,164 @@
+// Concept reasoner (contract stage 3, Eq. 3): G = H + A H, A = tanh(H We); state = relu(BN(G)), batch norm over the pt columns with
+// statistics over N and C. Nothing here is as large as a map.
+#pragma once
+#include "../common/variants.h"
+#include "../cpu/parallel.h"
+
+namespace vcr {
+namespace {
+
+// to[k, c] = from[c, k]
+template <class A>
+VCR_INLINE void transpose_states(const A* from, int64_t C, int64_t pt, int64_t row, A* to) {
+  for (int64_t k = 0; k < pt; ++k)
+    for (int64_t c = 0; c < C; ++c) to[k * row + c] = from[c * pt + k];
+}
+
+VCR_INLINE int64_t reason_scratch(int64_t C, int64_t pt) { return 2 * pt * round_up(C, 16) + 64; }
+
+// One image. h, g [C, pt]; a [C, C] is written for dynamic edges.
+template <class A>
+void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge, A* a, A* g, A* scratch) {
+  constexpr int W = lanes<A>;
+  if (edges == Edges::none) {
+    for (int64_t i = 0; i < C * pt; ++i) g[i] = h[i];
+    return;
+  }
+  const int64_t row = round_up(C, 16);
+  A* ht = scratch;
+  transpose_states(h, C, pt, row, ht);
+  for (int64_t c = 0; c < C; ++c) {
+    A* out = a + c * C;
+    if (edges == Edges::dynamic_edges) {
+      const auto scores = [&](int64_t d, auto fetch) {
+        vec<A> x = zeros<A>();
+        for (int64_t k = 0; k < pt; ++k) x = fma(splat(h[c * pt + k]), fetch(edge + k * C + d), x);
+        return vcr::tanh(x);
+      };
+      int64_t d = 0;
+      for (; d + W <= C; d += W) store(out + d, scores(d, [](const A* from) { return load(from); }));
+      if (d < C) {
+        const int some = int(C - d);
+        store_partial(out + d, scores(d, [some](const A* from) { return load_partial(from, some); }), some);
+      }
+    }
+    const A* weights = edges == Edges::dynamic_edges ? out : edge + c * C;
+    for (int64_t k = 0; k < pt; ++k) {
+      vec<A> acc = zeros<A>();
+      int64_t d = 0;
+      for (; d + W <= C; d += W) acc = fma(load(weights + d), load(ht + k * row + d), acc);
+      if (d < C) {
+        const int some = int(C - d);
+        acc = fma(load_partial(weights + d, some), load_partial(ht + k * row + d, some), acc);
+      }
+      g[c * pt + k] = h[c * pt + k] + hsum<A>(acc);
+    }
+  }
+}
+
+// Mean and biased variance of each of the pt columns of g [rows, pt].
+template <class A>
+void state_statistics(int64_t rows, int64_t pt, const A* g, A* mean, A* variance) {
+  for (int64_t k = 0; k < pt; ++k) {
+    double sum = 0, squares = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += double(g[r * pt + k]);
+    const double m = sum / double(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const double x = double(g[r * pt + k]) - m;
+      squares += x * x;
+    }
+    mean[k] = A(m);
+    variance[k] = A(squares / double(rows));
+  }
+}
+
+// xhat = (g - mean) rstd, state = relu(xhat * weight + bias); weight and bias may be null. xhat may be g.
+template <class A>
+VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const A* mean, const A* rstd, const A* weight, const A* bias, A* xhat,
+                                 A* state) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) {
+      const A x = (g[r * pt + k] - mean[k]) * rstd[k];
+      const A y = x * (weight ? weight[k] : A(1)) + (bias ? bias[k] : A(0));
+      xhat[r * pt + k] = x;
+      state[r * pt + k] = y < 0 ? A(0) : y;  // keeps NaN
+    }
+}
+
+// dstate is dL/dstate where the ReLU is active, else 0, in; dL/dg out. dweight, dbias [pt] are always written.
+template <class A>
+void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* xhat, const A* rstd, const A* weight, A* dstate, A* dweight,
+                               A* dbias) {
+  for (int64_t k = 0; k < pt; ++k) {
+    double sum = 0, product = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      sum += double(dstate[r * pt + k]);
+      product += double(dstate[r * pt + k]) * double(xhat[r * pt + k]);
+    }
+    dbias[k] = A(sum);
+    dweight[k] = A(product);
+    const A scale = (weight ? weight[k] : A(1)) * rstd[k];
+    const A c0 = batch ? A(sum / double(rows)) : A(0), c1 = batch ? A(product / double(rows)) : A(0);
+    for (int64_t r = 0; r < rows; ++r) dstate[r * pt + k] = scale * (dstate[r * pt + k] - c0 - xhat[r * pt + k] * c1);
+  }
+}
+
+VCR_INLINE int64_t reason_backward_scratch(int64_t C, int64_t pt) { return 4 * pt * round_up(C, 16) + 64; }
+
+// One image: dg [C, pt] -> dh [C, pt], and for dynamic edges this image's share of dWe, [pt, C].
+template <class A>
+void reason_image_backward(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge, const A* a, const A* dg, A* dh, A* dedge,
+                           A* scratch) {
+  constexpr int W = lanes<A>;
+  for (int64_t i = 0; i < C * pt; ++i) dh[i] = dg[i];
+  if (edges == Edges::none) return;
+  const bool dynamic = edges == Edges::dynamic_edges;
+  const int64_t row = round_up(C, 16);
+  A *ht = scratch, *through = ht + pt * row, *dw = through + pt * row, *we = dw + pt * row;  // all [pt, row], zero past C
+  for (int64_t i = 0; i < 4 * pt * row; ++i) scratch[i] = 0;
+  transpose_states(h, C, pt, row, ht);
+  if (dynamic)
+    for (int64_t k = 0; k < pt; ++k)
+      for (int64_t d = 0; d < C; ++d) we[k * row + d] = edge[k * C + d];
+  const A* adjacency = dynamic ? a : edge;
+  for (int64_t c = 0; c < C; ++c) {
+    const A* g = dg + c * pt;
+    for (int64_t d = 0; d < C; d += W) {
+      const int some = int(min(W, C - d));
+      const vec<A> e = some == W ? load(adjacency + c * C + d) : load_partial(adjacency + c * C + d, some);
+      vec<A> da = zeros<A>();
+      for (int64_t k = 0; k < pt; ++k) {
+        da = fma(splat(g[k]), load(ht + k * row + d), da);
+        store(through + k * row + d, fma(splat(g[k]), e, load(through + k * row + d)));
+      }
+      if (!dynamic) continue;
+      const vec<A> dp = da * (1 - e * e);
+      for (int64_t k = 0; k < pt; ++k) {
+        store(dw + k * row + d, fma(splat(h[c * pt + k]), dp, load(dw + k * row + d)));
+        dh[c * pt + k] += hsum<A>(dp * load(we + k * row + d));
+      }
+    }
+  }
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t k = 0; k < pt; ++k) dh[c * pt + k] += through[k * row + c];
+  if (dynamic)
+    for (int64_t k = 0; k < pt; ++k)
+      for (int64_t d = 0; d < C; ++d) dedge[k * C + d] = dw[k * row + d];
+}
+
+// Row c of the gradient of static edges: dA[c, d] = sum_n dg[n, c] . h[n, d].
+template <class A>
+VCR_INLINE void static_edge_gradient_row(int64_t N, int64_t C, int64_t pt, int64_t c, const A* dg, const A* h, A* out) {
+  for (int64_t d = 0; d < C; ++d) {
+    double sum = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      A x = 0;
+      for (int64_t k = 0; k < pt; ++k) x += dg[(n * C + c) * pt + k] * h[(n * C + d) * pt + k];
+      sum += double(x);
+    }
+    out[d] = A(sum);
+  }
+}
+
+}  // namespace
+}  // namespace vcr

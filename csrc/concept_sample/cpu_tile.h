@@ -1,0 +1,282 @@
+// Attention pooling of one (image, concept)'s tile (passes: forward pass 2). Contract stage 2, Eq. 2, centred:
+//   l_i = yhat_i . v,  a = softmax(l),  r = sum_i a_i yhat_i,  and for training R = Cov_a(yhat, yhat * s Wv) [p, pt],
+// which spares the backward pass a read of the map (dv = R dh). The tile is read from memory once and then from cache.
+#pragma once
+#include "../cpu/tile.h"
+#include "cpu_small.h"
+
+namespace vcr {
+namespace {
+
+constexpr int64_t sample_block = 1024;  // positions that moments are summed over before the blocks are added up
+
+// logits[i] = sum_j (y[j, begin + i] - mu[j]) v[j], i < count; lanes past the end are -inf. The sum over j runs in one order
+// everywhere, so that the backward pass finds the same bits.
+template <int P, class T>
+VCR_INLINE void logits(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* out) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  const int64_t p = P > 0 ? P : p_;
+  int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W) {
+    vec<A> x0 = zeros<A>(), x1 = x0, x2 = x0, x3 = x0;
+    const T* from = y.data + begin + i;
+    for (int64_t j = 0; j < p; ++j, from += y.row) {
+      const vec<A> m = splat(mu[j]), w = splat(v[j]);
+      x0 = fma(load(from) - m, w, x0);
+      x1 = fma(load(from + W) - m, w, x1);
+      x2 = fma(load(from + 2 * W) - m, w, x2);
+      x3 = fma(load(from + 3 * W) - m, w, x3);
+    }
+    store(out + i, x0);
+    store(out + i + W, x1);
+    store(out + i + 2 * W, x2);
+    store(out + i + 3 * W, x3);
+  }
+  for_vectors<A>(count - i, [&](int64_t at, auto whole, int some) {
+    vec<A> x = zeros<A>();
+    const T* from = y.data + begin + i + at;
+    for (int64_t j = 0; j < p; ++j, from += y.row) x = fma(load_some<whole()>(from, some) - splat(mu[j]), splat(v[j]), x);
+    if constexpr (!whole()) {
+      mask_t<A> index;
+      for (int k = 0; k < W; ++k) index[k] = k;
+      x = index < decltype(index[0] + 0)(some) ? x : splat(-A(__builtin_inf()));
+    }
+    store(out + i + at, x);
+  });
+}
+
+// weights: the logits of all S positions in, exp(logit - maximum) out, 0 in the lanes past the end.
+template <class A>
+VCR_INLINE Softmax<A> softmax_inplace(A* weights, int64_t S, bool count_ties) {
+  constexpr int W = lanes<A>;
+  const int64_t padded = round_up(S, W);
+  vec<A> top = load(weights);
+  for (int64_t i = W; i < padded; i += W) top = maximum<A>(top, load(weights + i));
+  Softmax<A> out{hmax<A>(top), 0, 1};
+  const vec<A> m = splat(out.maximum);
+  if (count_ties) {
+    int64_t ties = 0;
+    for (int64_t i = 0; i < S; ++i) ties += weights[i] == out.maximum;
+    out.ties = A(max(ties, 1));
+  }
+  double sum = 0;
+  for (int64_t block = 0; block < padded; block += sample_block) {
+    vec<A> s0 = zeros<A>(), s1 = s0;
+    const int64_t end = min(padded, block + sample_block);
+    int64_t i = block;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      const vec<A> e0 = exp_nonpositive(load(weights + i) - m), e1 = exp_nonpositive(load(weights + i + W) - m);
+      store(weights + i, e0);
+      store(weights + i + W, e1);
+      s0 += e0;
+      s1 += e1;
+    }
+    if (i < end) {
+      const vec<A> e = exp_nonpositive(load(weights + i) - m);
+      store(weights + i, e);
+      s0 += e;
+    }
+    sum += double(hsum<A>(s0 + s1));
+  }
+  out.sum = A(sum);
+  return out;
+}
+
+// r[j] += sum_i e_i yhat[j, i] over one block.
+template <int P, class T>
+VCR_INLINE void add_first_moment(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* e,
+                                 acc_t<T>* r) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>, together = P > 0 && P % W == 0 ? W : P > 0 && P % 4 == 0 ? 4 : 1;
+  const int64_t p = P > 0 ? P : p_;
+  for (int64_t j0 = 0; j0 < p; j0 += together) {
+    vec<A> acc[W] = {};
+    const T* from = y.data + j0 * y.row + begin;
+    for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+      const vec<A> w = load(e + i);
+      unroll<together>([&](auto J) { acc[J] = fma(load_some<whole()>(from + J * y.row + i, some) - splat(mu[j0 + J]), w, acc[J]); });
+    });
+    if constexpr (together == W) {
+      alignas(VCR_VECTOR_BYTES) A sums[W];
+      store(sums, sum_rows<A>(acc));
+      for (int j = 0; j < together; ++j) r[j0 + j] += sums[j];
+    } else {
+      for (int j = 0; j < together; ++j) r[j0 + j] += hsum<A>(acc[j]);
+    }
+  }
+}
+
+// Small p: the symmetric p x p second moment costs fewer multiply-adds than projecting to pt first.
+template <int P>
+inline constexpr bool full_covariance = P == 4 || P == 8;
+
+// r[j] += sum_i e_i yhat[j, i], moment[j, l] += sum_i e_i yhat[j, i] yhat[l, i] (j <= l) over one block, in 4 x 4 pieces.
+template <int P, class T>
+VCR_INLINE void add_second_moment(Tile<T> y, int64_t begin, int64_t count, const acc_t<T>* mu, const acc_t<T>* e, acc_t<T>* r,
+                                  acc_t<T>* moment) {
+  using A = acc_t<T>;
+  for (int j0 = 0; j0 < P; j0 += 4) {
+    const T* from = y.data + j0 * y.row + begin;
+    vec<A> first[4] = {}, second[10] = {};
+    for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+      const vec<A> w = load(e + i);
+      vec<A> x[4];
+      unroll<4>([&](auto J) { x[J] = load_some<whole()>(from + J * y.row + i, some) - splat(mu[j0 + J]); });
+      unroll<4>([&](auto J) {
+        const vec<A> wx = w * x[J];
+        first[J] += wx;
+        unroll<4 - J()>([&](auto L) {
+          constexpr int at = J() * 4 - J() * (J() - 1) / 2 + L();
+          second[at] = fma(wx, x[J() + L()], second[at]);
+        });
+      });
+    });
+    int at = 0;
+    for (int j = 0; j < 4; ++j) {
+      r[j0 + j] += hsum<A>(first[j]);
+      for (int l = j; l < 4; ++l) moment[(j0 + j) * P + j0 + l] += hsum<A>(second[at++]);
+    }
+    for (int l0 = j0 + 4; l0 < P; l0 += 4) {
+      const T* other = y.data + l0 * y.row + begin;
+      for (int half = 0; half < 4; half += 2) {  // eight sums at a time stay in registers
+        vec<A> cross[8] = {};
+        for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+          const vec<A> w = load(e + i);
+          vec<A> wx[2];
+          unroll<2>([&](auto J) { wx[J] = w * (load_some<whole()>(from + (half + J) * y.row + i, some) - splat(mu[j0 + half + J])); });
+          unroll<4>([&](auto L) {
+            const vec<A> x = load_some<whole()>(other + L * y.row + i, some) - splat(mu[l0 + L]);
+            unroll<2>([&](auto J) { cross[J * 4 + L] = fma(wx[J], x, cross[J * 4 + L]); });
+          });
+        });
+        for (int j = 0; j < 2; ++j)
+          for (int l = 0; l < 4; ++l) moment[(j0 + half + j) * P + l0 + l] += hsum<A>(cross[j * 4 + l]);
+      }
+    }
+  }
+}
+
+// g_k = yhat . w[:, k]; projected[k, i] = e_i g_k(i), G[k] += its sum, moment[j, k] += sum_i yhat[j, i] projected[k, i] over one block.
+template <int P, int PT, class T>
+VCR_INLINE void add_projected_moment(Tile<T> y, int64_t begin, int64_t count, const Problem& pr, const acc_t<T>* mu, const acc_t<T>* w,
+                                     const acc_t<T>* e, acc_t<T>* projected, acc_t<T>* G, acc_t<T>* r, acc_t<T>* moment) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  constexpr bool fixed = P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0 && sizeof(A) == 4;
+  const Width<P, PT> size(pr);
+  const int64_t p = size.p(), pt = size.pt(), row = sample_block;
+  constexpr int KB = fixed ? PT : 1;
+  for (int64_t k0 = 0; k0 < pt; k0 += KB) {
+    vec<A> total[KB] = {};
+    for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+      vec<A> g[KB] = {};
+      const T* from = y.data + begin + i;
+      for (int64_t j = 0; j < p; ++j, from += y.row) {
+        const vec<A> x = load_some<whole()>(from, some) - splat(mu[j]);
+        unroll<KB>([&](auto K) { g[K] = fma(x, splat(w[j * pt + k0 + K]), g[K]); });
+      }
+      const vec<A> weight = load(e + i);
+      unroll<KB>([&](auto K) {
+        const vec<A> x = weight * g[K];
+        total[K] += x;
+        store(projected + (k0 + K) * row + i, x);
+      });
+    });
+    for (int k = 0; k < KB; ++k) G[k0 + k] += hsum<A>(total[k]);
+  }
+  if constexpr (fixed) {
+    constexpr int JB = W / 4;  // JB x 4 sums: as many as one transposed reduction takes
+    for (int64_t j0 = 0; j0 < p; j0 += JB) {
+      const T* from = y.data + j0 * y.row + begin;
+      vec<A> first[JB] = {};
+      for (int64_t k0 = 0; k0 < pt; k0 += 4) {
+        vec<A> acc[W] = {};
+        for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+          vec<A> ag[4];
+          unroll<4>([&](auto K) { ag[K] = load(projected + (k0 + K) * row + i); });
+          const vec<A> weight = load(e + i);
+          unroll<JB>([&](auto J) {
+            const vec<A> x = load_some<whole()>(from + J * y.row + i, some) - splat(mu[j0 + J]);
+            if (k0 == 0) first[J] = fma(x, weight, first[J]);
+            unroll<4>([&](auto K) { acc[J * 4 + K] = fma(x, ag[K], acc[J * 4 + K]); });
+          });
+        });
+        alignas(VCR_VECTOR_BYTES) A sums[W];
+        store(sums, sum_rows<A>(acc));
+        for (int j = 0; j < JB; ++j)
+          for (int k = 0; k < 4; ++k) moment[(j0 + j) * pt + k0 + k] += sums[j * 4 + k];
+      }
+      for (int j = 0; j < JB; ++j) r[j0 + j] += hsum<A>(first[j]);
+    }
+  } else {
+    add_first_moment<P>(y, begin, count, p, mu, e, r);
+    for (int64_t j = 0; j < p; ++j)
+      for (int64_t k = 0; k < pt; ++k) {
+        vec<A> acc = zeros<A>();
+        const T* from = y.data + j * y.row + begin;
+        for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+          acc = fma(load_some<whole()>(from + i, some) - splat(mu[j]), load(projected + k * row + i), acc);
+        });
+        moment[j * pt + k] += hsum<A>(acc);
+      }
+  }
+}
+
+// Elements of scratch that sample_tile needs.
+VCR_INLINE int64_t sample_scratch(const Problem& pr) {
+  return round_up(pr.S, 16) + pr.pt * sample_block + pr.p * pr.pt + pr.p * max(pr.p, pr.pt) + pr.pt + 64;
+}
+
+// Returns the softmax; writes r [p] and, where R is not null, R [p, pt]. On return scratch begins with exp(logit - maximum) of every position.
+template <int P, int PT, class T>
+Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc_t<T>>& a, const acc_t<T>* value, bool count_ties,
+                              acc_t<T>* scratch, acc_t<T>* r, acc_t<T>* R) {
+  using A = acc_t<T>;
+  const Width<P, PT> size(pr);
+  const int64_t p = size.p(), pt = size.pt(), S = pr.S;
+  A* e = scratch;
+  for (int64_t i = 0; i < S; i += sample_block) logits<P>(y, i, min(sample_block, S - i), p, a.mu, a.v, e + i);
+  const Softmax<A> softmax = softmax_inplace(e, S, count_ties);
+  const A inverse = A(1) / softmax.sum;
+  for (int64_t j = 0; j < p; ++j) r[j] = 0;
+  A* projected = e + round_up(S, 16);
+  A* w = projected + pt * sample_block;
+  A* moment = w + p * pt;
+  A* G = moment + p * max(p, pt);
+  if (R == nullptr) {
+    for (int64_t i = 0; i < S; i += sample_block) add_first_moment<P>(y, i, min(sample_block, S - i), p, a.mu, e + i, r);
+    for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
+    return softmax;
+  }
+  for (int64_t j = 0; j < p; ++j)
+    for (int64_t k = 0; k < pt; ++k) w[j * pt + k] = a.s[j] * value[j * pt + k];
+  if constexpr (full_covariance<P>) {
+    for (int64_t j = 0; j < P * P; ++j) moment[j] = 0;
+    for (int64_t i = 0; i < S; i += sample_block) add_second_moment<P>(y, i, min(sample_block, S - i), a.mu, e + i, r, moment);
+    for (int64_t j = 0; j < P; ++j) r[j] *= inverse;
+    for (int j = 0; j < P; ++j)
+      for (int l = j; l < P; ++l) {
+        const A covariance = moment[j * P + l] * inverse - r[j] * r[l];
+        moment[j * P + l] = moment[l * P + j] = covariance;
+      }
+    for (int64_t j = 0; j < P; ++j)
+      for (int64_t k = 0; k < pt; ++k) {
+        A x = 0;
+        for (int64_t l = 0; l < P; ++l) x += moment[j * P + l] * w[l * pt + k];
+        R[j * pt + k] = x;
+      }
+  } else {
+    for (int64_t j = 0; j < p * pt; ++j) moment[j] = 0;
+    for (int64_t k = 0; k < pt; ++k) G[k] = 0;
+    for (int64_t i = 0; i < S; i += sample_block)
+      add_projected_moment<P, PT>(y, i, min(sample_block, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+    for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
+    for (int64_t j = 0; j < p; ++j)
+      for (int64_t k = 0; k < pt; ++k) R[j * pt + k] = moment[j * pt + k] * inverse - r[j] * (G[k] * inverse);
+  }
+  return softmax;
+}
+
+}  // namespace
+}  // namespace vcr

@@ -1,0 +1,366 @@
+// Vectors as wide as this instruction-set level has them. Compiled once per level, so everything is in an anonymous namespace:
+// the linker must never merge two levels' copies of a function.
+//
+// Multiply-adds are spelled fma() and contraction is off: the same expression then gives the same bits wherever it is inlined,
+// which the backward pass relies on when it recomputes the forward's ReLU mask and softmax.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../common/dtypes.h"
+
+#if defined(__AVX512F__)
+#define VCR_VECTOR_BYTES 64
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#define VCR_VECTOR_BYTES 32
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#define VCR_VECTOR_BYTES 16
+#include <arm_neon.h>
+#else
+#define VCR_VECTOR_BYTES 16
+#endif
+
+#define VCR_INLINE static inline __attribute__((always_inline))
+
+namespace vcr {
+namespace {
+
+template <class A>
+struct vector_of;
+template <>
+struct vector_of<float> {
+  typedef float type __attribute__((vector_size(VCR_VECTOR_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(VCR_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(VCR_VECTOR_BYTES)));
+  typedef uint16_t halves __attribute__((vector_size(VCR_VECTOR_BYTES / 2)));
+};
+template <>
+struct vector_of<double> {
+  typedef double type __attribute__((vector_size(VCR_VECTOR_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(VCR_VECTOR_BYTES)));
+};
+template <class A>
+using vec = typename vector_of<A>::type;
+template <class A>
+using mask_t = typename vector_of<A>::mask;
+template <class A>
+inline constexpr int lanes = VCR_VECTOR_BYTES / int(sizeof(A));
+
+template <class A>
+VCR_INLINE vec<A> splat(A x) {
+  return vec<A>{} + x;
+}
+template <class A>
+VCR_INLINE vec<A> zeros() {
+  return vec<A>{};
+}
+
+// a * b + c
+VCR_INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+VCR_INLINE double fma(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+VCR_INLINE vec<float> fma(vec<float> a, vec<float> b, vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+VCR_INLINE vec<double> fma(vec<double> a, vec<double> b, vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// ---- loads and stores; `count` in 1..lanes-1 for the partial ones, the other lanes are 0 and nothing past them is touched
+
+template <class A>
+VCR_INLINE vec<A> load(const A* from) {
+  vec<A> x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+template <class A>
+VCR_INLINE void store(A* to, vec<A> x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+VCR_INLINE float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+VCR_INLINE float widen(float x) { return x; }
+VCR_INLINE double widen(double x) { return x; }
+template <class T>
+VCR_INLINE T narrow(acc_t<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return T{uint16_t((bits >> 16) | 0x40u)};
+    return T{uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  } else {
+    return x;
+  }
+}
+VCR_INLINE vec<float> load(const bf16* from) {
+  vector_of<float>::halves h;
+  __builtin_memcpy(&h, from, sizeof h);
+  const vector_of<float>::bits wide = __builtin_convertvector(h, vector_of<float>::bits) << 16;
+  return (vec<float>)wide;
+}
+VCR_INLINE void store(bf16* to, vec<float> x) {
+  using bits_t = vector_of<float>::bits;
+  const bits_t bits = (bits_t)x;
+  const bits_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const bits_t quiet = (bits >> 16) | 0x40u;
+  const vector_of<float>::halves h =
+      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, vector_of<float>::halves);
+  __builtin_memcpy(to, &h, sizeof h);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+alignas(64) const int32_t tail_mask_source[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+VCR_INLINE __m256i tail_mask(int count) { return _mm256_loadu_si256((const __m256i*)(tail_mask_source + 8 - count)); }
+#endif
+template <class T>
+VCR_INLINE vec<acc_t<T>> load_partial(const T* from, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), from);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskload_ps((const float*)from, tail_mask(count));
+#endif
+  alignas(VCR_VECTOR_BYTES) acc_t<T> x[lanes<acc_t<T>>] = {};
+  for (int i = 0; i < count; ++i) x[i] = widen(from[i]);
+  return load(x);
+}
+template <class T>
+VCR_INLINE void store_partial(T* to, vec<acc_t<T>> x, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1u), x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps((float*)to, tail_mask(count), x);
+#endif
+  alignas(VCR_VECTOR_BYTES) acc_t<T> y[lanes<acc_t<T>>];
+  store(y, x);
+  for (int i = 0; i < count; ++i) to[i] = narrow<T>(y[i]);
+}
+VCR_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+VCR_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+
+// All lanes below `count` as they are, the others 0.
+template <class A>
+VCR_INLINE vec<A> keep_first(vec<A> x, int count) {
+  mask_t<A> index;
+  for (int i = 0; i < lanes<A>; ++i) index[i] = i;
+  return index < decltype(index[0] + 0)(count) ? x : zeros<A>();
+}
+
+// max and relu keep NaN: a comparison with NaN is false.
+template <class A>
+VCR_INLINE vec<A> maximum(vec<A> a, vec<A> b) {
+  return a < b ? b : a;
+}
+template <class A>
+VCR_INLINE vec<A> relu(vec<A> x) {
+#if defined(__AVX512F__)
+  // max returns its second operand when either is NaN
+  if constexpr (sizeof(A) == 4) return _mm512_max_ps(_mm512_setzero_ps(), x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_max_ps(_mm256_setzero_ps(), x);
+#endif
+  return x < zeros<A>() ? zeros<A>() : x;
+}
+// `x` where ReLU's gradient passes: wherever `pre` is not <= 0, so NaN passes as in PyTorch.
+template <class A>
+VCR_INLINE vec<A> where_active(vec<A> pre, vec<A> x) {
+  return pre <= zeros<A>() ? zeros<A>() : x;
+}
+
+// ---- shuffles
+
+template <int... I, class V>
+VCR_INLINE V shuffle(std::integer_sequence<int, I...>, V a, V b) {
+  return __builtin_shufflevector(a, b, I...);
+}
+template <class A, int shift, int... I>
+VCR_INLINE vec<A> rotate_impl(vec<A> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + shift) % lanes<A>)...);
+}
+template <class A, int shift>
+VCR_INLINE vec<A> rotate(vec<A> x) {
+  return rotate_impl<A, shift>(x, std::make_integer_sequence<int, lanes<A>>{});
+}
+template <class A, int step = lanes<A> / 2>
+VCR_INLINE A hsum(vec<A> x) {
+  if constexpr (step == 0)
+    return x[0];
+  else
+    return hsum<A, step / 2>(x + rotate<A, step>(x));
+}
+template <class A, int step = lanes<A> / 2>
+VCR_INLINE A hmax(vec<A> x) {
+  if constexpr (step == 0)
+    return x[0];
+  else
+    return hmax<A, step / 2>(maximum<A>(x, rotate<A, step>(x)));
+}
+
+// Which source lane the four kinds of pairwise shuffle take, in terms of 128-bit lanes of four floats.
+template <int kind, int W>
+constexpr int pair_index(int i) {
+  const int lane = i / 4, k = i % 4;
+  switch (kind) {
+    case 0: return 4 * lane + k / 2 + (k % 2) * W;                       // low halves, interleaved by element
+    case 1: return 4 * lane + 2 + k / 2 + (k % 2) * W;                   // high halves, likewise
+    case 2: return 4 * lane + k % 2 + (k / 2) * W;                       // low pairs
+    case 3: return 4 * lane + 2 + k % 2 + (k / 2) * W;                   // high pairs
+    case 4: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4)) + k;   // even 128-bit lanes of a, then of b
+    default: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4) + 1) + k;  // odd ones
+  }
+}
+template <int kind, int... I>
+VCR_INLINE vec<float> pair_impl(vec<float> a, vec<float> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, pair_index<kind, lanes<float>>(I)...);
+}
+template <int kind>
+VCR_INLINE vec<float> pair(vec<float> a, vec<float> b) {
+  return pair_impl<kind>(a, b, std::make_integer_sequence<int, lanes<float>>{});
+}
+
+// Lane i of the result is the sum of rows[i]; lanes<A> rows.
+template <class A>
+VCR_INLINE vec<A> sum_rows(const vec<A>* rows) {
+  constexpr int W = lanes<A>;
+  if constexpr (sizeof(A) == 8) {
+    vec<A> out = zeros<A>();
+    for (int i = 0; i < W; ++i) out[i] = hsum<A>(rows[i]);
+    return out;
+  } else {
+    vec<A> half[W / 2], quarter[W / 4];
+    for (int i = 0; i < W / 2; ++i)
+      half[i] = pair<0>(rows[2 * i], rows[2 * i + 1]) + pair<1>(rows[2 * i], rows[2 * i + 1]);
+    for (int i = 0; i < W / 4; ++i) quarter[i] = pair<2>(half[2 * i], half[2 * i + 1]) + pair<3>(half[2 * i], half[2 * i + 1]);
+    if constexpr (W == 4) {
+      return quarter[0];
+    } else if constexpr (W == 8) {
+      return pair<4>(quarter[0], quarter[1]) + pair<5>(quarter[0], quarter[1]);
+    } else {
+      const vec<A> x = pair<4>(quarter[0], quarter[1]) + pair<5>(quarter[0], quarter[1]);
+      const vec<A> y = pair<4>(quarter[2], quarter[3]) + pair<5>(quarter[2], quarter[3]);
+      return pair<4>(x, y) + pair<5>(x, y);
+    }
+  }
+}
+
+// rows[i][j] <-> rows[j][i], lanes<float> rows.
+VCR_INLINE void transpose(vec<float>* rows) {
+  constexpr int W = lanes<float>, G = W / 4;
+  vec<float> t[W];
+  for (int g = 0; g < G; ++g) {  // 4 x 4 within each 128-bit lane
+    const vec<float> a = pair<0>(rows[4 * g], rows[4 * g + 2]), b = pair<1>(rows[4 * g], rows[4 * g + 2]);
+    const vec<float> c = pair<0>(rows[4 * g + 1], rows[4 * g + 3]), d = pair<1>(rows[4 * g + 1], rows[4 * g + 3]);
+    t[4 * g] = pair<0>(a, c);
+    t[4 * g + 1] = pair<1>(a, c);
+    t[4 * g + 2] = pair<0>(b, d);
+    t[4 * g + 3] = pair<1>(b, d);
+  }
+  for (int k = 0; k < 4; ++k) {  // then whole lanes among the G groups
+    if constexpr (G == 1) {
+      rows[k] = t[k];
+    } else if constexpr (G == 2) {
+      rows[k] = pair<4>(t[k], t[4 + k]);
+      rows[4 + k] = pair<5>(t[k], t[4 + k]);
+    } else {
+      const vec<float> a = pair<4>(t[k], t[4 + k]), b = pair<5>(t[k], t[4 + k]);
+      const vec<float> c = pair<4>(t[8 + k], t[12 + k]), d = pair<5>(t[8 + k], t[12 + k]);
+      rows[k] = pair<4>(a, c);
+      rows[8 + k] = pair<5>(a, c);
+      rows[4 + k] = pair<4>(b, d);
+      rows[12 + k] = pair<5>(b, d);
+    }
+  }
+}
+
+// ---- exp(x) for x <= 0 and tanh(x); NaN stays NaN
+
+VCR_INLINE vec<float> exp_nonpositive(vec<float> x) {
+  using bits_t = mask_t<float>;
+  const vec<float> lowest = splat(-87.3f);  // below, exp(x) is subnormal: 0
+  const vec<float> y = x < lowest ? lowest : x;
+  const vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const vec<float> shifted = fma(y, splat(1.44269504088896341f), magic);
+  const vec<float> n = shifted - magic;
+  vec<float> f = fma(n, splat(-0.693359375f), y);
+  f = fma(n, splat(2.12194440e-4f), f);
+  vec<float> q = splat(1.9875691500e-4f);
+  q = fma(q, f, splat(1.3981999507e-3f));
+  q = fma(q, f, splat(8.3334519073e-3f));
+  q = fma(q, f, splat(4.1665795894e-2f));
+  q = fma(q, f, splat(1.6666665459e-1f));
+  q = fma(q, f, splat(5.0000001201e-1f));
+  q = fma(q, f * f, f + 1.f);
+  const bits_t power = (((bits_t)shifted - (bits_t)magic) + 127) << 23;
+  const vec<float> result = q * (vec<float>)power;
+  return x < lowest ? zeros<float>() : result;
+}
+VCR_INLINE vec<double> exp_nonpositive(vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+VCR_INLINE vec<float> tanh(vec<float> x) {
+  const vec<float> a = x < zeros<float>() ? -x : x;
+  const vec<float> e = exp_nonpositive(a * -2.f);
+  vec<float> large = (1.f - e) / (1.f + e);
+  large = x < zeros<float>() ? -large : large;
+  const vec<float> z = x * x;  // odd polynomial where the quotient would cancel
+  vec<float> q = splat(-5.70498872745e-3f);
+  q = fma(q, z, splat(2.06390887954e-2f));
+  q = fma(q, z, splat(-5.37397155531e-2f));
+  q = fma(q, z, splat(1.33314422036e-1f));
+  q = fma(q, z, splat(-3.33332819422e-1f));
+  const vec<float> small = fma(q * z, x, x);
+  return a < splat(0.625f) ? small : large;
+}
+VCR_INLINE vec<double> tanh(vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+VCR_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+VCR_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+
+template <int... I, class F>
+VCR_INLINE void unroll_impl(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+// f(0), ..., f(count - 1) with compile-time indices.
+template <int count, class F>
+VCR_INLINE void unroll(F f) {
+  unroll_impl(std::make_integer_sequence<int, count>{}, f);
+}
+
+}  // namespace
+}  // namespace vcr

@@ -1,0 +1,314 @@
+// The fused middle backward: 4R + 1W. Pass 1 sums over the map what the parameters need, then all gradients of size (p, pt) or
+// (C, C), then pass 2 writes the map's.
+#pragma once
+#include "../concept_reason/cpu.h"
+#include "../concept_sample/cpu_backward.h"
+#include "cpu_view.h"
+
+namespace vcr {
+namespace {
+
+template <class T, int P, int PT>
+struct MiddleBackwardCpu {
+  using A = acc_t<T>;
+  const MiddleBackward<T>& f;
+  const Problem& pr;
+  const MiddleOptions& o;
+  const MiddleParams<A>& w;
+  MiddleSaved<A> saved;
+  const int64_t CP, NC, per_group, groups;
+  const bool pixel;
+  Scratch<A> constants, memory;
+  NormView<A> view;
+  // [N, C p] each: the modulator's coefficients and sums, what the input's gradient is made of; K1 for pixel modulation.
+  A *coefficients, *E0, *E1, *F0, *F1, *K1, *v, *dr, *constant;
+  A *rdr, *K0;        // [N, C]
+  A *dstate, *dh;     // [N, C, pt]
+  A *c1;              // [C p]
+  A *ds, *db;         // [C p]
+
+  explicit MiddleBackwardCpu(const MiddleBackward<T>& args)
+      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), CP(pr.channels()), NC(pr.N * pr.C),
+        per_group(concepts_per_gather(pr)), groups((pr.C + per_group - 1) / per_group), pixel(o.modulation == Modulation::pixel),
+        constants(2 * CP), memory(12 * pr.N * CP + 2 * NC + 2 * NC * pr.pt + 3 * CP) {
+    view = norm_view(pr, o.norm, saved, w, constants.get());
+    A* at = memory.get();
+    const auto take = [&at](int64_t count) {
+      A* here = at;
+      at += count;
+      return here;
+    };
+    coefficients = take(4 * pr.N * CP);
+    E0 = take(pr.N * CP), E1 = take(pr.N * CP), F0 = take(pr.N * CP), F1 = take(pr.N * CP), K1 = take(pr.N * CP);
+    v = take(pr.N * CP), dr = take(pr.N * CP), constant = take(pr.N * CP);
+    rdr = take(NC), K0 = take(NC), dstate = take(NC * pr.pt), dh = take(NC * pr.pt);
+    c1 = take(CP), ds = take(CP), db = take(CP);
+    if (!pixel) F0 = E0, F1 = E1;
+  }
+
+  void tick(Pass pass) const {
+    if (f.clock != nullptr) f.clock(pass);
+  }
+  ModulateArgs<A> modulate_args(int64_t n, int64_t c) const {
+    const A* at = coefficients + n * CP + c * pr.p;
+    const int64_t stride = pr.N * CP;
+    return {view.mu + n * view.image_stride + c * pr.p, at, at + stride, at + 2 * stride, at + 3 * stride};
+  }
+  void recompute_coefficients(int64_t n, int64_t c) const {
+    const int64_t at = n * CP + c * pr.p;
+    const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
+    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p,
+                             pr.N * CP, coefficients + at);
+    for (int64_t j = 0; j < pr.p; ++j) v[at + j] = a.s[j] * saved.u[at + j];
+  }
+
+  // visit(c, y tile, grad_out tile) over positions [begin, begin + count) of concepts [c0, c1); buffer: two sets of rows grad_block apart.
+  template <class F>
+  void for_block(int64_t n, int64_t c0, int64_t c1, int64_t begin, int64_t count, A* buffer, F visit) const {
+    if (f.y.layout() == Layout::contiguous) {
+      for (int64_t c = c0; c < c1; ++c)
+        visit(c, Tile<T>{f.y.at(n, c * pr.p, begin), f.y.channel}, Tile<T>{f.grad_out.at(n, c * pr.p, begin), f.grad_out.channel});
+    } else {
+      A* other = buffer + per_group * pr.p * grad_block;
+      gather(f.y.at(n, c0 * pr.p, begin), f.y.position, count, (c1 - c0) * pr.p, buffer, grad_block);
+      gather(f.grad_out.at(n, c0 * pr.p, begin), f.grad_out.position, count, (c1 - c0) * pr.p, other, grad_block);
+      for (int64_t c = c0; c < c1; ++c) {
+        const int64_t at = (c - c0) * pr.p * grad_block;
+        visit(c, Tile<A>{buffer + at, grad_block}, Tile<A>{other + at, grad_block});
+      }
+    }
+  }
+  int64_t block_memory() const { return 2 * per_group * pr.p * grad_block; }
+
+  // Pass 1, channel modulation.
+  void sums() const {
+    if (f.y.layout() == Layout::contiguous) {
+      for_each(f.pool, pr.N * CP, [&](int64_t i) {
+        const int64_t n = i / CP, j = i % CP;
+        const ModulateArgs<A> m = modulate_args(n, 0);
+        backward_sums_row(f.y.at(n, j, 0), f.grad_out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j], E0[i], E1[i]);
+      });
+    } else {
+      // an image is divided only as far as its shape asks, never by the number of threads
+      const int64_t width = 256, chunks = (CP + width - 1) / width;
+      for_each(f.pool, pr.N * chunks, [&](int64_t i) {
+        const int64_t n = i / chunks, j = i % chunks * width, count = min(width, CP - j), at = n * CP + j;
+        const ModulateArgs<A> m = modulate_args(n, 0);
+        backward_sums_rows(f.y.at(n, j, 0), f.y.position, f.grad_out.at(n, j, 0), f.grad_out.position, pr.S, count, m.mu + j, m.A0 + j,
+                           m.B0 + j, E0 + at, E1 + at);
+      });
+    }
+  }
+
+  // Pass 1, pixel modulation: F0, F1, K0 and K1 = sum k_i yhat_i - K0 (mean of yhat over the maxima), too.
+  void pixel_sums_group(int64_t n, int64_t c0, int64_t c1, double* totals, A* attention, A* k, A* buffer) const {
+    const int64_t rows = (c1 - c0) * pr.p, stride = per_group * pr.p;
+    double *e0 = totals, *e1 = e0 + stride, *f0 = e1 + stride, *f1 = f0 + stride, *k1 = f1 + stride, *top_mean = k1 + stride,
+           *k0 = top_mean + stride;
+    for (int64_t j = 0; j < 7 * stride; ++j) totals[j] = 0;
+    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
+      const int64_t count = min(grad_block, pr.S - begin);
+      for_block(n, c0, c1, begin, count, buffer, [&](int64_t c, auto y, auto d) {
+        const int64_t at = (c - c0) * pr.p;
+        const ModulateArgs<A> m = modulate_args(n, c);
+        const Softmax<A>& softmax = saved.softmax[n * pr.C + c];
+        logits<P>(y, 0, count, pr.p, m.mu, v + n * CP + c * pr.p, attention);
+        for (int64_t i = 0; i < count; ++i)
+          if (attention[i] == softmax.maximum)
+            for (int64_t j = 0; j < pr.p; ++j) top_mean[at + j] += double(widen(y.data[j * y.row + i])) - double(m.mu[j]);
+        for (int64_t i = 0; i < count; i += lanes<A>) store(attention + i, exp_nonpositive(load(attention + i) - splat(softmax.maximum)));
+        backward_sums_pixel_block(y, d, count, pr.p, m, attention, e0 + at, e1 + at, f0 + at, f1 + at, k);
+        double total = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          k[i] *= attention[i];
+          total += double(k[i]);
+        }
+        k0[c - c0] += total;
+        for (int64_t j = 0; j < pr.p; ++j) {
+          vec<A> acc = zeros<A>();
+          for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+            const vec<A> x = only<whole(), A>(load_some<whole()>(y.data + j * y.row + i, some) - splat(m.mu[j]), some);
+            acc = fma(load(k + i), x, acc);
+          });
+          k1[at + j] += double(hsum<A>(acc));
+        }
+      });
+    }
+    for (int64_t j = 0; j < rows; ++j) {
+      const int64_t c = j / pr.p, at = n * CP + c0 * pr.p + j;
+      const double ties = double(saved.softmax[n * pr.C + c0 + c].ties);
+      E0[at] = A(e0[j]), E1[at] = A(e1[j]), F0[at] = A(f0[j]), F1[at] = A(f1[j]);
+      K1[at] = A(k1[j] - k0[c] * (top_mean[j] / ties));
+    }
+    for (int64_t c = c0; c < c1; ++c) K0[n * pr.C + c] = A(k0[c - c0]);
+  }
+  void pixel_sums() const {
+    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
+      Scratch<double> totals(7 * per_group * pr.p);
+      Scratch<A> scratch(2 * grad_block + block_memory());
+      A* at = scratch.get();
+      for (int64_t i = begin; i < end; ++i)
+        pixel_sums_group(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), totals.get(), at, at + grad_block,
+                         at + 2 * grad_block);
+    });
+  }
+
+  // The modulator's parameters and dL/dstate of concept c.
+  void modulator_gradients(int64_t c, A* dabar) const {
+    const Width<P, PT> size(pr);
+    const int64_t p = size.p(), pt = size.pt(), weights = c * p * pt;
+    A *dscale = offset(f.grads.scale_weight, weights), *dshift = offset(f.grads.shift_weight, weights);
+    const A *scale = offset(w.scale_weight, weights), *shift = offset(w.shift_weight, weights);
+    A *dscale_bias = f.grads.scale_bias + c * p, *dshift_bias = f.grads.shift_bias + c * p;
+    for (int64_t j = 0; j < p; ++j) {
+      dscale_bias[j] = dshift_bias[j] = 0;
+      ds[c * p + j] = db[c * p + j] = 0;
+    }
+    for (int64_t n = 0; n < pr.N; ++n) {
+      const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
+      const int64_t at = n * CP + c * p;
+      const A *state = saved.state + (n * pr.C + c) * pt, *e0 = E0 + at, *e1 = E1 + at, *f0 = F0 + at, *f1 = F1 + at;
+      A* out = dstate + (n * pr.C + c) * pt;
+      for (int64_t j = 0; j < p; ++j) {
+        dabar[j] = a.s[j] * f1[j] + a.b[j] * f0[j];
+        dscale_bias[j] += a.s[j] * e1[j] + a.b[j] * e0[j];
+        dshift_bias[j] += e0[j];
+        ds[c * p + j] += saved.abar[at + j] * f1[j] + w.scale_bias[c * p + j] * e1[j];
+        db[c * p + j] += saved.abar[at + j] * f0[j] + w.scale_bias[c * p + j] * e0[j];
+      }
+      for (int64_t k = 0; k < pt; ++k) {
+        A x = 0;
+        if (scale != nullptr) {
+          x += dot(dabar, scale + k * p, p);
+          for (int64_t j = 0; j < p; ++j) dscale[k * p + j] += state[k] * dabar[j];
+        }
+        if (shift != nullptr) {
+          x += dot(f0, shift + k * p, p);
+          for (int64_t j = 0; j < p; ++j) dshift[k * p + j] += state[k] * f0[j];
+        }
+        out[k] = state[k] <= 0 ? A(0) : x;  // NaN passes
+      }
+    }
+  }
+  static A dot(const A* x, const A* y, int64_t count) {
+    vec<A> acc = zeros<A>();
+    for_vectors<A>(count, [&](int64_t i, auto whole, int some) { acc = fma(load_some<whole()>(x + i, some), load_some<whole()>(y + i, some), acc); });
+    return hsum<A>(acc);
+  }
+
+  void reasoner_gradients() const {
+    normalise_states_backward(NC, pr.pt, o.state_batch, saved.xhat, saved.state_rstd, w.state_weight, dstate, f.grads.state_weight,
+                              f.grads.state_bias);
+    const int64_t share = o.edges == Edges::dynamic_edges ? pr.pt * pr.C : 0;
+    Scratch<A> partial(pr.N * share);
+    for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(reason_backward_scratch(pr.C, pr.pt));
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t k = n * pr.C * pr.pt;
+        reason_image_backward(pr.C, pr.pt, o.edges, saved.h + k, w.edge, saved.edges + n * pr.C * pr.C, dstate + k, dh + k,
+                              partial.get() + n * share, scratch.get());
+      }
+    });
+    for (int64_t i = 0; i < share; ++i) {
+      A sum = 0;
+      for (int64_t n = 0; n < pr.N; ++n) sum += partial.get()[n * share + i];
+      f.grads.edge[i] = sum;
+    }
+    if (o.edges == Edges::static_edges)
+      for_each(f.pool, pr.C,
+               [&](int64_t c) { static_edge_gradient_row(pr.N, pr.C, pr.pt, c, dstate, saved.h, f.grads.edge + c * pr.C); });
+  }
+
+  // The sampler's parameters and the batch norm's of concept c; what pass 2 needs per (image, channel).
+  void sampler_gradients(int64_t c, A* scratch) const {
+    const Width<P, PT> size(pr);
+    const int64_t p = size.p(), pt = size.pt(), weights = c * p * pt;
+    const SampleGrads<A> g{f.grads.value + weights, offset(f.grads.query, weights), offset(f.grads.key, weights),
+                           offset(f.grads.logit, c * p), ds + c * p, db + c * p};
+    for (int64_t n = 0; n < pr.N; ++n) {
+      const int64_t at = n * CP + c * p, k = (n * pr.C + c) * pt;
+      sample_backward<P, PT>(pr, o.sampler, view.concept_args(pr, n, c, nullptr), w.value + weights, offset(w.query, weights),
+                             offset(w.key, weights), dh + k, saved.m + at, saved.u + at, saved.r + at, saved.q + k, saved.R + at * pt,
+                             pixel ? K1 + at : nullptr, g, dr + at, v + at, constant + at, rdr[n * pr.C + c], scratch);
+    }
+    if (o.norm == Norm::none) return;
+    const A count = A(pr.N) * A(pr.S);
+    for (int64_t j = c * p; j < (c + 1) * p; ++j) {
+      if (f.grads.norm_weight != nullptr) f.grads.norm_weight[j] = saved.rstd[j] * ds[j];
+      if (f.grads.norm_bias != nullptr) f.grads.norm_bias[j] = db[j];
+    }
+    if (o.norm != Norm::batch) return;
+    for (int64_t j = c * p; j < (c + 1) * p; ++j) {
+      c1[j] = -saved.s[j] * saved.rstd[j] * saved.rstd[j] * ds[j] / count;
+      const A c0 = -saved.s[j] * db[j] / count;
+      for (int64_t n = 0; n < pr.N; ++n) constant[n * CP + j] += c0;
+    }
+  }
+
+  template <bool pixel_modulation>
+  void input_grad(int64_t n, int64_t c0, int64_t c1_, A* scratch, A* buffer) const {
+    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
+      const int64_t count = min(grad_block, pr.S - begin);
+      for_block(n, c0, c1_, begin, count, buffer, [&](int64_t c, auto y, auto d) {
+        const int64_t at = n * CP + c * pr.p;
+        const InputGradArgs<A> g{modulate_args(n, c), v + at, dr + at, constant + at, c1 + c * pr.p, nullptr, saved.softmax[n * pr.C + c],
+                                 rdr[n * pr.C + c], pixel ? K0[n * pr.C + c] : A(0), o.sampler != Sampler::pool};
+        if (f.y.layout() == Layout::contiguous)
+          input_grad_block<P, pixel_modulation, true>(y, d, f.dy.at(n, c * pr.p, begin), f.dy.channel, begin, count, pr.S, pr.p, g, scratch);
+        else  // over the gathered grad_out, which is read at the same place just before
+          input_grad_block<P, pixel_modulation, true>(y, d, const_cast<A*>(reinterpret_cast<const A*>(d.data)), grad_block, begin, count, pr.S,
+                                                      pr.p, g, scratch);
+      });
+      if (f.y.layout() != Layout::contiguous)
+        scatter(buffer + per_group * pr.p * grad_block, grad_block, count, (c1_ - c0) * pr.p, f.dy.at(n, c0 * pr.p, begin), f.dy.position);
+    }
+  }
+  void input_grad_all() const {
+    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(input_grad_scratch() + block_memory());
+      A* buffer = scratch.get() + input_grad_scratch();
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / groups, c0 = i % groups * per_group, c_end = min(pr.C, c0 + per_group);
+        if (pixel)
+          input_grad<true>(n, c0, c_end, scratch.get(), buffer);
+        else
+          input_grad<false>(n, c0, c_end, scratch.get(), buffer);
+      }
+    });
+  }
+
+  void zero_gradients() const {
+    const int64_t weights = CP * pr.pt;
+    for (A* to : {f.grads.value, f.grads.query, f.grads.key, f.grads.scale_weight, f.grads.shift_weight})
+      if (to != nullptr)
+        for (int64_t i = 0; i < weights; ++i) to[i] = 0;
+    if (f.grads.logit != nullptr)
+      for (int64_t i = 0; i < CP; ++i) f.grads.logit[i] = 0;
+    for (int64_t i = 0; i < CP; ++i) c1[i] = 0;
+  }
+
+  void run() const {
+    for_each(f.pool, NC, [&](int64_t i) { recompute_coefficients(i / pr.C, i % pr.C); });
+    if (pixel)
+      pixel_sums();
+    else
+      sums();
+    tick(Pass::modulate_backward_sums);
+    zero_gradients();
+    for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
+      Scratch<A> dabar(pr.p);
+      for (int64_t c = begin; c < end; ++c) modulator_gradients(c, dabar.get());
+    });
+    reasoner_gradients();
+    for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(sample_backward_scratch(pr));
+      for (int64_t c = begin; c < end; ++c) sampler_gradients(c, scratch.get());
+    });
+    tick(Pass::small_gradients);
+    input_grad_all();
+    tick(Pass::middle_input_grad);
+  }
+};
+
+}  // namespace
+}  // namespace vcr

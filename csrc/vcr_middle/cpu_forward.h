@@ -1,0 +1,272 @@
+// The fused middle forward: order of passes and who owns what. Training 3R + 1W; evaluation 2R + 1W at most, of which the second
+// read finds the map in cache where an image fits it.
+#pragma once
+#include "../channel_stats/cpu_channels_last.h"
+#include "../concept_reason/cpu.h"
+#include "cpu_view.h"
+
+namespace vcr {
+namespace {
+
+template <class T, int P, int PT>
+struct MiddleForwardCpu {
+  using A = acc_t<T>;
+  const MiddleForward<T>& f;
+  const Problem& pr;
+  const MiddleOptions& o;
+  const MiddleParams<A>& w;
+  MiddleSaved<A> saved;
+  Scratch<A> constants, coefficients;
+  NormView<A> view;
+  const int64_t CP, NC, groups, per_group;
+  const bool pixel;
+
+  explicit MiddleForwardCpu(const MiddleForward<T>& args)
+      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
+        coefficients(4 * pr.N * pr.channels()), CP(pr.channels()), NC(pr.N * pr.C),
+        groups((pr.C + concepts_per_gather(pr) - 1) / concepts_per_gather(pr)), per_group(concepts_per_gather(pr)),
+        pixel(o.modulation == Modulation::pixel) {
+    view = norm_view(pr, o.norm, saved, w, constants.get());
+  }
+
+  void tick(Pass pass) const {
+    if (f.clock != nullptr) f.clock(pass);
+  }
+
+  // Pass 1: mean and, for the batch's statistics, centred sum of squares of every (image, channel).
+  void channel_stats(A* squares) const {
+    if (f.y.layout() == Layout::contiguous) {
+      for_each(f.pool, pr.N * CP, [&](int64_t i) {
+        const T* row = f.y.at(i / CP, i % CP, 0);
+        row_stats(row, pr.S, saved.m[i], squares[i]);
+      });
+    } else {
+      const int64_t width = 64, chunks = (CP + width - 1) / width;
+      for_each(f.pool, pr.N * chunks, [&](int64_t i) {
+        const int64_t n = i / chunks, begin = i % chunks * width, end = min(CP, begin + width);
+        channel_stats_rows(f.y.at(n, 0, 0), f.y.position, pr.S, begin, end, saved.m + n * CP + begin, squares + n * CP + begin);
+      });
+    }
+  }
+
+  // Images are merged in order, in double: Chan's formula.
+  void merge_stats(const A* squares) const {
+    const double count = double(pr.N) * double(pr.S);
+    Scratch<double> sums(2 * CP);
+    double *mean = sums.get(), *m2 = mean + CP;
+    for (int64_t j = 0; j < 2 * CP; ++j) mean[j] = 0;
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = 0; j < CP; ++j) mean[j] += double(saved.m[n * CP + j]);
+    for (int64_t j = 0; j < CP; ++j) mean[j] /= double(pr.N);
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = 0; j < CP; ++j) {
+        const double d = double(saved.m[n * CP + j]) - mean[j];
+        m2[j] += double(squares[n * CP + j]) + double(pr.S) * d * d;
+      }
+    for (int64_t j = 0; j < CP; ++j) {
+      const double variance = m2[j] / count;
+      saved.mu[j] = A(mean[j]);
+      saved.rstd[j] = A(1.0 / __builtin_sqrt(variance + o.norm_eps));
+      f.norm_mean[j] = A(mean[j]);
+      f.norm_var[j] = A(m2[j] / (count - 1));
+    }
+  }
+  void given_stats() const {
+    for (int64_t j = 0; j < CP; ++j) {
+      saved.mu[j] = w.norm_mean[j];
+      saved.rstd[j] = A(1.0 / __builtin_sqrt(double(w.norm_var[j]) + o.norm_eps));
+    }
+  }
+  void scale_channels() const {
+    for (int64_t j = 0; j < CP; ++j) saved.s[j] = saved.rstd[j] * (w.norm_weight ? w.norm_weight[j] : A(1));
+  }
+
+  // Pass 2 for concepts [c0, c1) of image n. Where no statistics pass went before, the tile's means are taken while it is in cache.
+  void sample(int64_t n, int64_t c0, int64_t c1, A* buffer, A* scratch) const {
+    visit_tiles(pr, f.y, n, c0, c1, buffer, [&](int64_t c, auto tile) {
+      const int64_t at = n * CP + c * pr.p, k = (n * pr.C + c) * pr.pt;
+      if (o.norm != Norm::batch)
+        for (int64_t j = 0; j < pr.p; ++j) saved.m[at + j] = row_mean(tile.data + j * tile.row, pr.S);
+      A* v = scratch;
+      const SampleArgs<A> a = view.concept_args(pr, n, c, v);
+      const int64_t weights = c * pr.p * pr.pt;
+      sample_prologue<P, PT>(pr, o.sampler, a, saved.m + at, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), saved.q + k,
+                             saved.u + at, v);
+      A* r = saved.r + at;
+      if (o.sampler == Sampler::pool) {
+        for (int64_t j = 0; j < pr.p; ++j) r[j] = saved.m[at + j] - a.mu[j];
+      } else {
+        A* R = o.save ? saved.R + at * pr.pt : nullptr;
+        saved.softmax[n * pr.C + c] = sample_tile<P, PT>(pr, tile, a, w.value + weights, pixel && o.save, scratch + round_up(pr.p, 16), r, R);
+      }
+      sample_epilogue<P, PT>(pr, a, r, w.value + weights, saved.h + k);
+    });
+  }
+  int64_t sample_memory() const { return sample_scratch(pr) + round_up(pr.p, 16); }
+
+  // The batch norm of states when its statistics are given: one image at a time.
+  void given_state_stats() const {
+    for (int64_t k = 0; k < pr.pt; ++k) {
+      saved.state_mean[k] = w.state_mean[k];
+      saved.state_rstd[k] = A(1.0 / __builtin_sqrt(double(w.state_var[k]) + o.state_eps));
+    }
+  }
+  void reason(int64_t n, A* scratch, A* edges) const {
+    reason_image(pr.C, pr.pt, o.edges, saved.h + n * pr.C * pr.pt, w.edge, edges, saved.xhat + n * pr.C * pr.pt, scratch);
+  }
+  void normalise(int64_t first_row, int64_t rows) const {
+    A* g = saved.xhat + first_row * pr.pt;
+    normalise_states(rows, pr.pt, g, saved.state_mean, saved.state_rstd, w.state_weight, w.state_bias, g, saved.state + first_row * pr.pt);
+  }
+  void batch_state_stats() const {
+    state_statistics(NC, pr.pt, saved.xhat, saved.state_mean, saved.state_rstd);
+    for (int64_t k = 0; k < pr.pt; ++k) {
+      const double variance = double(saved.state_rstd[k]);
+      f.state_mean[k] = saved.state_mean[k];
+      f.state_var[k] = A(variance * double(NC) / double(NC - 1));
+      saved.state_rstd[k] = A(1.0 / __builtin_sqrt(variance + o.state_eps));
+    }
+  }
+
+  void modulation(int64_t n, int64_t c) const {
+    const int64_t at = n * CP + c * pr.p, weights = c * pr.p * pr.pt;
+    const A* state = saved.state + (n * pr.C + c) * pr.pt;
+    project_state<P, PT>(pr, state, offset(w.scale_weight, weights), saved.abar + at);
+    project_state<P, PT>(pr, state, offset(w.shift_weight, weights), saved.bbar + at);
+    const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
+    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p,
+                             pr.N * CP, coefficients.get() + at);
+  }
+  ModulateArgs<A> modulate_args(int64_t n, int64_t c) const {
+    const A* at = coefficients.get() + n * CP + c * pr.p;
+    const int64_t stride = pr.N * CP;
+    return {view.mu + n * view.image_stride + c * pr.p, at, at + stride, at + 2 * stride, at + 3 * stride};
+  }
+
+  // Pass 3, channel modulation: rows [begin, end) of the contiguous image, or positions of the channels_last one.
+  void modulate_rows(int64_t n, int64_t begin, int64_t end) const {
+    const ModulateArgs<A> m = modulate_args(n, 0);
+    if (f.y.layout() == Layout::contiguous) {
+      for (int64_t j = begin; j < end; ++j) modulate_row(f.y.at(n, j, 0), f.out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j]);
+    } else {
+      for (int64_t i = begin; i < end; ++i) {
+        prefetch_write(f.out.at(n, 0, i));
+        modulate_position(f.y.at(n, 0, i), f.out.at(n, 0, i), CP, m.mu, m.A0, m.B0);
+      }
+    }
+  }
+  int64_t rows_of_image() const { return f.y.layout() == Layout::contiguous ? CP : pr.S; }
+
+  // Pass 3, pixel modulation: attention is recomputed block by block.
+  void modulate_pixel(int64_t n, int64_t c0, int64_t c1, A* scratch) const {
+    A *attention = scratch, *v = scratch + grad_block, *in = v + round_up(pr.p, 16);
+    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
+      const int64_t count = min(grad_block, pr.S - begin);
+      for_block(f.y, n, c0, c1, begin, count, in, [&](int64_t c, auto tile) {
+        const ModulateArgs<A> m = modulate_args(n, c);
+        const A* u = saved.u + n * CP + c * pr.p;
+        for (int64_t j = 0; j < pr.p; ++j) v[j] = view.s[c * pr.p + j] * u[j];
+        logits<P>(tile, 0, count, pr.p, m.mu, v, attention);
+        const vec<A> top = splat(saved.softmax[n * pr.C + c].maximum);
+        for (int64_t i = 0; i < count; i += lanes<A>) store(attention + i, exp_nonpositive(load(attention + i) - top));
+        if (f.y.layout() == Layout::contiguous)
+          modulate_pixel_block(tile, f.out.at(n, c * pr.p, begin), f.out.channel, count, pr.p, m, attention);
+        else
+          modulate_pixel_block(tile, in + (c - c0) * pr.p * grad_block, grad_block, count, pr.p, m, attention);
+      });
+      if (f.y.layout() != Layout::contiguous)
+        scatter(in, grad_block, count, (c1 - c0) * pr.p, f.out.at(n, c0 * pr.p, begin), f.out.position);
+    }
+  }
+  // f(c, tile) over positions [begin, begin + count) of concepts [c0, c1); buffer rows are grad_block apart.
+  template <class F>
+  void for_block(const Map<const T>& y, int64_t n, int64_t c0, int64_t c1, int64_t begin, int64_t count, A* buffer, F visit) const {
+    if (y.layout() == Layout::contiguous) {
+      for (int64_t c = c0; c < c1; ++c) visit(c, Tile<T>{y.at(n, c * pr.p, begin), y.channel});
+    } else {
+      gather(y.at(n, c0 * pr.p, begin), y.position, count, (c1 - c0) * pr.p, buffer, grad_block);
+      for (int64_t c = c0; c < c1; ++c) visit(c, Tile<A>{buffer + (c - c0) * pr.p * grad_block, grad_block});
+    }
+  }
+  int64_t pixel_memory() const { return grad_block + round_up(pr.p, 16) + per_group * pr.p * grad_block; }
+
+  void modulate_all() const {
+    if (pixel) {
+      for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(pixel_memory());
+        for (int64_t i = begin; i < end; ++i)
+          modulate_pixel(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), scratch.get());
+      });
+    } else {
+      const int64_t rows = rows_of_image(), size = max(1, 32768 / (f.y.layout() == Layout::contiguous ? pr.S : CP));
+      const int64_t chunks = (rows + size - 1) / size;
+      for_each(f.pool, pr.N * chunks,
+               [&](int64_t i) { modulate_rows(i / chunks, i % chunks * size, min(rows, (i % chunks + 1) * size)); });
+    }
+  }
+
+  void sample_all() const {
+    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(sample_memory()), buffer(visit_scratch(pr, f.y));
+      for (int64_t i = begin; i < end; ++i)
+        sample(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), buffer.get(), scratch.get());
+    });
+  }
+
+  // Every pass over the whole batch before the next: the batch's statistics, or the states', are a barrier.
+  void run_in_passes() const {
+    if (o.norm == Norm::batch) {
+      Scratch<A> squares(pr.N * CP);
+      channel_stats(squares.get());
+      merge_stats(squares.get());
+      scale_channels();
+      tick(Pass::channel_stats);
+    }
+    sample_all();
+    tick(Pass::concept_sample);
+    for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(reason_scratch(pr.C, pr.pt)), edges(o.save ? 0 : pr.C * pr.C);
+      for (int64_t n = begin; n < end; ++n) reason(n, scratch.get(), o.save ? saved.edges + n * pr.C * pr.C : edges.get());
+    });
+    if (o.state_batch) batch_state_stats();
+    normalise(0, NC);
+    for_each(f.pool, NC, [&](int64_t i) { modulation(i / pr.C, i % pr.C); });
+    tick(Pass::reason);
+    modulate_all();
+    tick(Pass::concept_modulate);
+  }
+
+  // Evaluation with an image for every thread: an image goes through all stages while it is in cache.
+  void run_by_image() const {
+    for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(max(sample_memory(), max(reason_scratch(pr.C, pr.pt), pixel_memory()))), buffer(visit_scratch(pr, f.y));
+      Scratch<A> edges(o.save ? 0 : pr.C * pr.C);
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t g = 0; g < groups; ++g) sample(n, g * per_group, min(pr.C, (g + 1) * per_group), buffer.get(), scratch.get());
+        reason(n, scratch.get(), o.save ? saved.edges + n * pr.C * pr.C : edges.get());
+        normalise(n * pr.C, pr.C);
+        for (int64_t c = 0; c < pr.C; ++c) modulation(n, c);
+        if (pixel)
+          for (int64_t g = 0; g < groups; ++g) modulate_pixel(n, g * per_group, min(pr.C, (g + 1) * per_group), scratch.get());
+        else
+          modulate_rows(n, 0, rows_of_image());
+      }
+    });
+    tick(Pass::concept_sample);
+  }
+
+  void run() const {
+    if (o.norm == Norm::given) {
+      given_stats();
+      scale_channels();
+    }
+    if (!o.state_batch) given_state_stats();
+    if (o.norm != Norm::batch && !o.state_batch && pr.N >= 2 * f.pool.threads)
+      run_by_image();
+    else
+      run_in_passes();
+  }
+};
+
+}  // namespace
+}  // namespace vcr
