@@ -1,0 +1,260 @@
+"""Builds the two native files of vcr_ops; everything else about the package stands in pyproject.toml.
+
+``vcr_ops/_ops.so``
+    The op library, on LibTorch's stable ABI: it knows nothing of Python and serves every torch from 2.10 on. The kernels' source,
+    ``csrc/cpu/table_isa.cpp``, is compiled once per instruction-set level and feature type.
+``vcr_ops/_C.cpython-*.so``
+    A small pybind11 module that says what was built in.
+
+All objects of both files go through one ninja run, which follows header dependencies and compiles in parallel. Environment:
+
+``MAX_JOBS``                 compile jobs at a time (default: the cores this process may use)
+``CXX CXXFLAGS LDFLAGS``     the compiler, and flags added after ours
+``VCR_OPS_CXX_WERROR=1``     -Wall -Wextra -Werror for our sources
+"""
+
+import filecmp
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from importlib import metadata, util
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
+from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
+
+OLDEST_TORCH = (2, 10)
+TORCH_TARGET = "0x020a000000000000"  # OLDEST_TORCH, as torch's headers spell it
+INSTALL = "pip install 'torch>=2.10' 'setuptools>=77' wheel pybind11 ninja"
+
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+WARNING_FLAGS = ["-Wall", "-Wextra", "-Werror"]
+X86_LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
+}
+LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
+DTYPES = ["float", "double", "bf16"]
+
+
+def stop(problem: str, remedy: str) -> SystemExit:
+    """What a failed build ends with: two lines for a reader, no traceback."""
+    return SystemExit(f"\nvcr_ops can't be built: {problem}\n{remedy}\n")
+
+
+# --- what the machine has -------------------------------------------------------------------------------------------
+
+
+def torch_root() -> Path:
+    """The folder of the torch to build against. torch isn't imported: that would take longer than an up-to-date build."""
+    remedy = (
+        f"Its C++ ops are compiled against the PyTorch that you have. Install that and the build tools, then build without isolation:\n"
+        f"    {INSTALL}\n"
+        f"    pip install --no-build-isolation ."
+    )
+    spec = util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise stop(f"{sys.executable} has no PyTorch (or pip hides it: it builds in an isolated environment by default).", remedy)
+    version = metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise stop(f"it needs torch 2.10 or later, and torch {version} is installed.", remedy)
+    root = Path(next(iter(spec.submodule_search_locations)))
+    if not (root / "include/torch/csrc/stable/library.h").is_file():
+        raise stop(f"the torch {version} in {root} comes without its C++ headers.", remedy)
+    return root
+
+
+def compiler() -> list[str]:
+    """The C++ compiler's command, seen to compile C++17."""
+    remedy = "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or name one in the environment variable CXX."
+    asked = os.environ.get("CXX")
+    if asked:
+        command = shlex.split(asked)
+    else:
+        command = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+        if not command:
+            raise stop("there is no C++ compiler (looked for c++, g++ and clang++).", remedy)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\ntemplate <auto> struct needs_cxx17 {};\nneeds_cxx17<1> probe; std::vector<int> v;\n")
+        try:
+            subprocess.run([*command, "-std=c++17", "-fsyntax-only", str(source)], check=True, capture_output=True, text=True)
+        except OSError as error:
+            raise stop(f"the C++ compiler {shlex.join(command)!r} doesn't start: {error.strerror}.", remedy) from None
+        except subprocess.CalledProcessError as error:
+            lines = "\n".join(f"    {line}" for line in error.stderr.splitlines()[:5])
+            raise stop(f"{shlex.join(command)!r} doesn't compile a C++17 program:\n{lines}", remedy) from None
+    return command
+
+
+def ninja() -> str:
+    try:
+        from ninja import BIN_DIR  # pip's ninja, found also when the environment isn't activated
+    except ImportError:
+        found = shutil.which("ninja")
+    else:
+        found = str(Path(BIN_DIR, "ninja"))
+    if not found:
+        raise stop("ninja is missing.", f"Install the build tools:\n    {INSTALL}")
+    return found
+
+
+def python_includes() -> list[Path]:
+    """Include folders of ``_C``: Python's and pybind11's."""
+    folders = list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("include", "platinclude")))
+    if not any((folder / "Python.h").is_file() for folder in folders):
+        raise stop(f"Python.h isn't in {folders[0]}.", "Install Python's headers (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel).")
+    try:
+        import pybind11
+    except ImportError:
+        raise stop("pybind11 is missing.", f"Install the build tools:\n    {INSTALL}") from None
+    return [*folders, Path(pybind11.get_include())]
+
+
+def job_count() -> int:
+    asked = os.environ.get("MAX_JOBS")
+    if not asked:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not asked.isdecimal() or int(asked) < 1:
+        raise stop(f"MAX_JOBS is {asked!r}.", "Set it to the number of compile jobs to run at a time, or leave it unset.")
+    return int(asked)
+
+
+# --- what is to be built --------------------------------------------------------------------------------------------
+
+
+class Object(NamedTuple):
+    """One compiler call; ``name`` is the object's path below the build folder."""
+
+    name: str
+    source: Path
+    flags: list[str]
+
+
+class Library(NamedTuple):
+    """One linker call; ``name`` is the file's name below the build folder."""
+
+    name: str
+    objects: list[Object]
+    flags: list[str]
+
+
+def include_flags(folders: Iterable[Path], system: bool = False) -> list[str]:
+    return [f"{'-isystem' if system else '-I'}{folder}" for folder in folders]  # no warnings from system headers
+
+
+def op_library(csrc: Path, torch: Path) -> Library:
+    """``_ops.so``. Only ``binding`` sources see torch; the kernels' see nothing but ``csrc``."""
+    levels = LEVELS.get(platform.machine().lower(), {"baseline": []})
+    table = csrc / "cpu/table_isa.cpp"
+    kernels = [
+        Object(f"kernels/{level}-{dtype}.o", table, [*include_flags([csrc]), *flags, f"-DVCR_LEVEL={level}", f"-DVCR_DTYPE={dtype}"])
+        for dtype in DTYPES
+        for level, flags in reversed(levels.items())  # the slowest to compile first
+    ]
+    others = [path for path in csrc.glob("cpu/*.cpp") if path != table]
+    bindings = [path for path in (*csrc.glob("*/binding_cpu.cpp"), *csrc.glob("binding/*.cpp")) if path.name != "module.cpp"]
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *include_flags([torch / "include"], system=True)]
+    objects = [Object(f"ops/{path.relative_to(csrc).with_suffix('.o')}", path, include_flags([csrc])) for path in sorted(others)]
+    objects += [Object(f"ops/{path.relative_to(csrc).with_suffix('.o')}", path, [*include_flags([csrc]), *torch_flags]) for path in sorted(bindings)]
+    link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if sys.platform == "linux":
+        # Every symbol must be found now, not at load time. No -rpath: torch is in memory before this library is.
+        link += ["-Wl,--no-undefined", "-Wl,--as-needed", f"-Wl,-rpath-link,{torch / 'lib'}"]
+    return Library("_ops.so", [*kernels, *objects], link)
+
+
+def info_module(csrc: Path, version: str) -> Library:
+    """``_C``."""
+    levels = ",".join(LEVELS.get(platform.machine().lower(), {"baseline": []}))
+    defines = [f'-DVCR_OPS_VERSION="{version}"', f'-DVCR_OPS_TORCH_VERSION="{metadata.version("torch")}"', f'-DVCR_OPS_ISA_LEVELS="{levels}"']
+    flags = [*include_flags([csrc]), *include_flags(python_includes(), system=True), *defines]
+    link = ["-shared"] if sys.platform == "linux" else ["-shared", "-undefined", "dynamic_lookup"]
+    return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [Object("info/module.o", csrc / "binding/module.cpp", flags)], link)
+
+
+def ninja_file(command: list[str], libraries: list[Library]) -> str:
+    def path(text: object) -> str:
+        return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def shell(words: Iterable[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    strict = WARNING_FLAGS if os.environ.get("VCR_OPS_CXX_WERROR") == "1" else []
+    lines = [
+        "ninja_required_version = 1.5",
+        f"rule cxx\n  command = {shell([*command, *COMPILE_FLAGS, *strict])} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
+        f"rule link\n  command = {shell(command)} -o $out $in $flags\n  description = link $out",
+    ]
+    for library in libraries:
+        for each in library.objects:
+            lines.append(f"build {path(each.name)}: cxx {path(each.source)}\n  flags = {shell([*each.flags, *extra])}")
+        objects = " ".join(path(each.name) for each in library.objects)
+        lines.append(f"build {path(library.name)}: link {objects}\n  flags = {shell([*library.flags, *shlex.split(os.environ.get('LDFLAGS', ''))])}")
+    return "\n".join(lines) + "\n"
+
+
+# --- setuptools' commands -------------------------------------------------------------------------------------------
+
+
+class BuildNative(build_ext):
+    """Runs ninja over everything at once, in a folder that outlives pip's temporary ones, and puts the files in their places."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_ops"):
+            return str(Path(*fullname.split("."))) + ".so"  # not tied to a Python
+        return super().get_ext_filename(fullname)
+
+    def run(self) -> None:
+        root = Path(__file__).resolve().parent
+        csrc = root / "csrc"
+        libraries = [op_library(csrc, torch_root()), info_module(csrc, self.distribution.get_version())]
+        text = ninja_file(compiler(), libraries)
+        folder = root / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = folder / "build.ninja"
+        if not plan.is_file() or plan.read_text() != text:
+            plan.write_text(text)
+        if subprocess.run([ninja(), "-C", str(folder), "-j", str(job_count())]).returncode != 0:
+            raise stop("a compiler or linker call failed.", "What it said stands above, under FAILED.")
+        for extension, library in zip(self.extensions, libraries, strict=True):
+            put(folder / library.name, Path(self.get_ext_fullpath(extension.name)))
+
+
+def put(built: Path, target: Path) -> None:
+    """Copies in one step, since a running process may have the old file mapped."""
+    if target.is_file() and filecmp.cmp(built, target, shallow=False):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(built, fresh)
+    os.replace(fresh, target)
+
+
+class DistInfo(dist_info):
+    """pip's first question. Answered only where the build can succeed, so that pip doesn't first download a torch that it then hides."""
+
+    def run(self) -> None:
+        torch_root()
+        super().run()
+
+
+if __name__ == "__main__":
+    if int(setuptools_version.split(".")[0]) < 77:  # pyproject.toml would stop it with a traceback
+        raise stop(f"it needs setuptools 77 or later, and setuptools {setuptools_version} is installed.", f"Install the build tools:\n    {INSTALL}")
+    setup(
+        ext_modules=[Extension("vcr_ops._ops", []), Extension("vcr_ops._C", [])],
+        cmdclass={"build_ext": BuildNative, "dist_info": DistInfo},
+    )
