@@ -1,12 +1,13 @@
 """Builds the two native files of vcr_ops; everything else about the package stands in pyproject.toml.
 
 ``vcr_ops/_ops.so``
-    The op library, on LibTorch's stable ABI: it knows nothing of Python and serves every torch from 2.10 on. The kernels' source,
-    ``csrc/cpu/table_isa.cpp``, is compiled once per instruction-set level and feature type.
+    The op library, on LibTorch's stable ABI: it knows nothing of Python and serves every torch from 2.10 on. The
+    kernels' source, ``csrc/cpu/table_isa.cpp``, is compiled once per instruction-set level and feature type.
 ``vcr_ops/_C.cpython-*.so``
     A small pybind11 module that says what was built in.
 
-All objects of both files go through one ninja run, which follows header dependencies and compiles in parallel. Environment:
+All objects of both files go through one ninja run, which follows header dependencies and compiles in parallel.
+Environment:
 
 ``MAX_JOBS``                 compile jobs at a time (default: the cores this process may use)
 ``CXX CXXFLAGS LDFLAGS``     the compiler, and flags added after ours
@@ -47,13 +48,14 @@ COMPILE_FLAGS = [
 ]
 # g++ 12 reports its own AVX-512 headers under -Wmaybe-uninitialized.
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
-X86_LEVELS = {
+X86_LEVELS: dict[str, list[str]] = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
 }
-LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
-DTYPES = ["float", "double", "bf16"]
+ARM_LEVELS: dict[str, list[str]] = {"neon": []}
+LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": ARM_LEVELS, "arm64": ARM_LEVELS}
+DTYPES = ["bf16", "float", "double"]  # in csrc's names; the slowest to compile first
 
 
 def stop(problem: str, remedy: str) -> SystemExit:
@@ -65,9 +67,10 @@ def stop(problem: str, remedy: str) -> SystemExit:
 
 
 def torch_root() -> Path:
-    """The folder of the torch to build against. torch isn't imported: that would take longer than an up-to-date build."""
+    """The folder of the torch to build against. torch isn't imported: that would take longer than the build check."""
     remedy = (
-        f"Its C++ ops are compiled against the PyTorch that you have. Install that and the build tools, then build without isolation:\n"
+        "Its C++ ops are compiled against the PyTorch that you have. Install that and the build tools,\n"
+        "then build without isolation:\n"
         f"    {INSTALL}\n"
         f"    pip install --no-build-isolation ."
     )
@@ -88,7 +91,10 @@ def torch_root() -> Path:
 
 def compiler() -> list[str]:
     """The C++ compiler's command, seen to compile C++17."""
-    remedy = "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or name one in the environment variable CXX."
+    remedy = (
+        "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++),\n"
+        "or name one in the environment variable CXX."
+    )
     asked = os.environ.get("CXX")
     if asked:
         command = shlex.split(asked)
@@ -131,7 +137,7 @@ def python_includes() -> list[Path]:
     if not any((folder / "Python.h").is_file() for folder in folders):
         raise stop(
             f"Python.h isn't in {folders[0]}.",
-            "Install Python's headers (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel).",
+            "Install Python's headers (Debian, Ubuntu: apt-get install python3-dev; Fedora: python3-devel).",
         )
     try:
         import pybind11
@@ -176,7 +182,12 @@ def include_flags(folders: Iterable[Path], system: bool = False) -> list[str]:
 
 def op_library(csrc: Path, torch: Path) -> Library:
     """``_ops.so``. Only ``binding`` sources see torch; the kernels' see nothing but ``csrc``."""
-    levels = LEVELS.get(platform.machine().lower(), {"baseline": []})
+    machine = platform.machine().lower()
+    if machine not in LEVELS:
+        raise stop(
+            f"its C++ kernels are for x86-64 and 64-bit Arm, and this is {machine}.", "Nothing of it runs there yet."
+        )
+    levels = LEVELS[machine]
     table = csrc / "cpu/table_isa.cpp"
     kernels = [
         Object(
@@ -185,7 +196,7 @@ def op_library(csrc: Path, torch: Path) -> Library:
             [*include_flags([csrc]), *flags, f"-DVCR_LEVEL={level}", f"-DVCR_DTYPE={dtype}"],
         )
         for dtype in DTYPES
-        for level, flags in reversed(levels.items())  # the slowest to compile first
+        for level, flags in reversed(levels.items())
     ]
     others = [path for path in csrc.glob("cpu/*.cpp") if path != table]
     bindings = [
@@ -226,21 +237,27 @@ def ninja_file(command: list[str], libraries: list[Library]) -> str:
     def shell(words: Iterable[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    strict = WARNING_FLAGS if os.environ.get("VCR_OPS_CXX_WERROR") == "1" else []
+    compile_words = [*command, *COMPILE_FLAGS, *(WARNING_FLAGS if os.environ.get("VCR_OPS_CXX_WERROR") == "1" else [])]
+    compile_extra, link_extra = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {shell([*command, *COMPILE_FLAGS, *strict])} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc\n  description = compile $out",
-        f"rule link\n  command = {shell(command)} -o $out $in $flags\n  description = link $out",
+        "rule cxx",
+        f"  command = {shell(compile_words)} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {shell(command)} -o $out $in $flags",
+        "  description = link $out",
     ]
     for library in libraries:
         for each in library.objects:
-            lines.append(f"build {path(each.name)}: cxx {path(each.source)}\n  flags = {shell([*each.flags, *extra])}")
+            lines += [
+                f"build {path(each.name)}: cxx {path(each.source)}",
+                f"  flags = {shell([*each.flags, *compile_extra])}",
+            ]
         objects = " ".join(path(each.name) for each in library.objects)
-        lines.append(
-            f"build {path(library.name)}: link {objects}\n  flags = {shell([*library.flags, *shlex.split(os.environ.get('LDFLAGS', ''))])}"
-        )
+        lines += [f"build {path(library.name)}: link {objects}", f"  flags = {shell([*library.flags, *link_extra])}"]
     return "\n".join(lines) + "\n"
 
 
@@ -248,7 +265,7 @@ def ninja_file(command: list[str], libraries: list[Library]) -> str:
 
 
 class BuildNative(build_ext):
-    """Runs ninja over everything at once, in a folder that outlives pip's temporary ones, and puts the files in their places."""
+    """Runs ninja over everything at once, in a folder that outlives pip's temporary ones."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_ops"):
@@ -282,7 +299,7 @@ def put(built: Path, target: Path) -> None:
 
 
 class DistInfo(dist_info):
-    """pip's first question. Answered only where the build can succeed, so that pip doesn't first download a torch that it then hides."""
+    """pip's first question, answered only where there is a torch: else pip would fetch one before the build fails."""
 
     def run(self) -> None:
         torch_root()

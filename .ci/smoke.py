@@ -1,6 +1,7 @@
-"""What the wheel must do in an environment that holds nothing but torch: a training step and an evaluation of a block, in C++."""
+"""What the wheel must do where there is nothing but torch: a training step and an evaluation of a block, in C++."""
 
 import torch
+
 import vcr_ops
 
 torch.manual_seed(0)
