@@ -141,7 +141,7 @@ def failed_build(**environment: str) -> str:
 def packages(tmp_path: Path) -> Path:
     """A folder of packages to build with, instead of this environment's: no torch."""
     site = Path(torch.__file__).parent.parent
-    for name in ("setuptools", "wheel", "packaging", "pybind11", "ninja"):
+    for name in ("setuptools", "_distutils_hack", "wheel", "packaging", "pybind11", "ninja"):
         (tmp_path / name).symlink_to(site / name)
     return tmp_path
 
