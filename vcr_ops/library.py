@@ -1,0 +1,92 @@
+"""The C++ op library ``_ops.so``: loads it, and says what to do where it can't be had.
+
+``import vcr_ops`` works without the library (the composite backend needs none).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).with_name("_ops.so")
+OPS = tuple(
+    op + suffix
+    for op in ("concept_sample", "concept_reason", "concept_modulate", "vcr_middle")
+    for suffix in ("", "_backward")
+)
+ISA_VARIABLE = "VCR_OPS_ISA"
+_REBUILD = "build it with `pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
+
+_registrations: list[Callable[[], None]] = []
+_loaded = False
+_problem: str | None = None
+
+
+def has_library() -> bool:
+    """True where the C++ ops are loaded."""
+    return _loaded
+
+
+def why_not() -> str | None:
+    """None where the C++ ops are loaded, else what is wrong and what to do. Looks again for a library built since."""
+    if _loaded:
+        return None
+    load()
+    return _problem
+
+
+def on_load(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: call ``register`` once, as soon as the library is loaded (it needs the ops' schemas)."""
+    _registrations.append(register)
+    if _loaded:
+        register()
+    return register
+
+
+def load() -> None:
+    """Load the library, if it is there.
+
+    Raises:
+        RuntimeError: ``VCR_OPS_ISA`` names a level that is unknown, or that this build or machine doesn't have.
+    """
+    global _loaded, _problem
+    if _loaded:
+        return
+    if not PATH.is_file():
+        _problem = f"the C++ ops aren't built ({PATH} is missing); {_REBUILD}"
+        return
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as error:
+        _problem = f"{PATH} doesn't load under torch {torch.__version__} ({error}); {_REBUILD}"
+        return
+    missing = [op for op in OPS if not hasattr(torch.ops.vcr_ops, op)]
+    if missing:
+        _problem = f"{PATH} is of another version (it has no {', '.join(missing)}); {_REBUILD}"
+        return
+    check_isa()
+    _loaded, _problem = True, None
+    for register in _registrations:
+        register()
+
+
+def isa_levels() -> list[str]:
+    """The instruction-set levels that were built in and that this machine can run."""
+    return [level for level in torch.ops.vcr_ops.isa_levels().split(",") if level]
+
+
+def active_isa() -> str:
+    """The instruction-set level in use."""
+    return torch.ops.vcr_ops.active_isa()
+
+
+def check_isa() -> None:
+    """Raise RuntimeError where ``VCR_OPS_ISA`` asks for a level that can't be had."""
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked:
+        levels = isa_levels()
+        if asked not in levels:
+            raise RuntimeError(
+                f"{ISA_VARIABLE} is {asked!r}; this build on this machine takes one of {', '.join(levels)}"
+            )

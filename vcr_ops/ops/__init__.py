@@ -1,0 +1,1 @@
+"""The ops: one folder each, with its public function and its backends."""

@@ -1,0 +1,1 @@
+"""The op concept_modulate."""

@@ -1,0 +1,1 @@
+"""The op vcr_middle."""

@@ -1,0 +1,266 @@
+"""The whole middle as one op: batch norm, sampler, reasoner and modulator; the public function and the hot path."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks, flops
+from ...backend import Case, resolve, tracing
+from ...library import on_load
+from ...maps import acc_dtype, empty_map_like
+from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, present, register, unsaved
+from . import composite
+
+_forward: OpOverload = None
+_backward: OpOverload = None
+
+Statistics = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+
+
+class MiddleOutput(NamedTuple):
+    """out (y's shape), and the statistics that the two batch norms used: (C*p) and (pt)."""
+
+    out: Tensor
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
+    state_mean: Tensor
+    state_var: Tensor
+
+
+def visual_concept_reasoning(
+    y: Tensor,
+    value: Tensor,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    *,
+    norm: str = "batch",
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    query: Tensor | None = None,
+    key: Tensor | None = None,
+    logit: Tensor | None = None,
+    edge: Tensor | None = None,
+    state_mean: Tensor | None = None,
+    state_var: Tensor | None = None,
+    state_weight: Tensor | None = None,
+    state_bias: Tensor | None = None,
+    state_eps: float = 1e-5,
+    scale_weight: Tensor | None = None,
+    shift_weight: Tensor | None = None,
+    sampler: str = "dynamic",
+    edges: str = "dynamic",
+    modulation: str = "channel",
+    backend: str | None = None,
+) -> MiddleOutput:
+    """A block's middle in one op: z = BN(y), then attend, interact and modulate (paper, Eq. 1 to 3 and after).
+
+    ``concept_modulate(z, concept_reason(concept_sample(z)).state)``, but z is never written to memory.
+
+    Args:
+        y: (N, C*p, *spatial), concept-major channels; float32, float64, bfloat16 (float16 not on the CPU). Contiguous
+            and channels_last maps, and slices of them, are read in place; other strides are copied once.
+        norm: "batch" normalises with this batch's statistics, "given" with norm_mean and norm_var (C*p), "none": z = y.
+        norm_weight, norm_bias: (C*p) or None (1 and 0). value, query, key: (C, p, pt). logit: (C, p).
+        edge: (pt, C) or (C, C). state_mean, state_var: (pt), None: the batch's. state_weight, state_bias: (pt) or None.
+        scale_weight, shift_weight: (C, pt, p) or None. scale_bias, shift_bias: (C, p). Parameters in y's dtype or float32.
+        sampler, edges, modulation: as in the single ops. backend: "auto", "cpp" or "composite"; None is "auto".
+    Returns:
+        (out, norm_mean, norm_var, state_mean, state_var): out in y's shape, dtype and format; the statistics that were
+        given, or the batch's with Bessel's correction in float32 (float64 for float64); norm_* are None for "none".
+        No gradient flows into or out of the statistics.
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; says which, what it got and what it takes.
+        RuntimeError: the backend can't run here; says why and what to do.
+    Cost: training 3 reads and 1 write of y forward, 4 reads and 1 write backward; evaluation 2 reads and 1 write (from
+        memory 1 and 1, where the map of a concept or image stays in cache).
+    """
+    out, *statistics = vcr_middle(
+        backend,
+        (
+            y,
+            norm_mean,
+            norm_var,
+            norm_weight,
+            norm_bias,
+            value,
+            query,
+            key,
+            logit,
+            edge,
+            state_mean,
+            state_var,
+            state_weight,
+            state_bias,
+            scale_weight,
+            shift_weight,
+            scale_bias,
+            shift_bias,
+            norm,
+            norm_eps,
+            state_eps,
+            sampler,
+            edges,
+            modulation,
+        ),
+        checked=False,
+    )
+    if norm == "given":
+        statistics[:2] = norm_mean, norm_var
+    elif norm == "none":
+        statistics[:2] = None, None
+    if state_mean is not None:
+        statistics[2:] = state_mean, state_var
+    return MiddleOutput(out, *statistics)
+
+
+def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool) -> tuple[Any, ...]:
+    """Run the middle on the arguments of the op's schema, less ``save``: (out, the four statistics of the batch).
+
+    checked: the caller has seen to what costs much to look at here: the parameters' shapes, a batch with one value per
+        channel, statistics that require grad. The fast path then looks at types only, and explains what the op refuses.
+    """
+    y = arguments[0]
+    compiling = torch.compiler.is_compiling()
+    if not checked or compiling:
+        checks.check_vcr_middle(*arguments)
+    elif not isinstance(y, Tensor):
+        checks.check_map("y", y)
+    if resolve(backend, Case(y.device.type, tracing())).name == "composite":
+        if checked and not compiling:
+            checks.check_vcr_middle(*arguments)
+        return composite.vcr_middle(*arguments)
+    dtype, training, cast = y.dtype, False, False
+    for argument in arguments[1:18]:
+        if argument is not None:
+            if argument.dtype is not dtype and argument.dtype is not torch.float32:
+                checks.check_vcr_middle(*arguments)
+                cast = True  # statistics may have any type
+            training = training or argument.requires_grad
+    if cast:
+        arguments = tuple(_as(acc_dtype(dtype), x) if i in (1, 2, 10, 11) else x for i, x in enumerate(arguments))
+    try:
+        if (training or y.requires_grad) and torch.is_grad_enabled():
+            if not (compiling and torch.compiler.is_exporting()):
+                return _Middle.apply(*arguments)
+        return call(_forward, *arguments, False)[:5]
+    except (RuntimeError, ValueError):
+        checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
+        raise
+
+
+def _as(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+class _Middle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        out, norm_mean, norm_var, state_mean, state_var, saved = call(_forward, *arguments, True)
+        _keep(ctx, arguments, saved)
+        ctx.mark_non_differentiable(norm_mean, norm_var, state_mean, state_var)
+        return out, norm_mean, norm_var, state_mean, state_var
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any, *_: Any) -> Any:
+        return _gradients(ctx, grad_out)
+
+
+def _keep(ctx: Any, arguments: tuple[Any, ...], saved: Tensor) -> None:
+    # y and the parameters; no statistics, which saved has.
+    ctx.save_for_backward(arguments[0], *arguments[3:10], *arguments[12:18], saved)
+    ctx.variant = (arguments[18], arguments[10] is None, *arguments[21:24])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 24
+    tensors = ctx.saved_tensors
+    _, norm_weight, norm_bias, _, query, key, logit, edge, weight, bias, scale_weight, shift_weight, _, _, _ = tensors
+    (
+        dy,
+        dnorm_weight,
+        dnorm_bias,
+        dvalue,
+        dquery,
+        dkey,
+        dlogit,
+        dedge,
+        dstate_weight,
+        dstate_bias,
+        dscale_weight,
+        dshift_weight,
+        dscale_bias,
+        dshift_bias,
+    ) = call_backward(_backward, grad_out, *tensors, *ctx.variant)
+    return (
+        dy,
+        None,
+        None,
+        present(dnorm_weight, norm_weight),
+        present(dnorm_bias, norm_bias),
+        dvalue,
+        present(dquery, query),
+        present(dkey, key),
+        present(dlogit, logit),
+        present(dedge, edge),
+        None,
+        None,
+        present(dstate_weight, weight),
+        present(dstate_bias, bias),
+        present(dscale_weight, scale_weight),
+        present(dshift_weight, shift_weight),
+        dscale_bias,
+        dshift_bias,
+        *(None,) * 6,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _keep(ctx, inputs[:24], output[5])
+    ctx.save = inputs[24]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _op_backward(ctx: Any, grad_out: Any, *_: Any) -> Any:
+    if not ctx.save:
+        raise unsaved("vcr_middle")
+    return *_gradients(ctx, grad_out), None
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle", *arguments[:18])
+    y, value, state_mean, norm, save = arguments[0], arguments[5], arguments[10], arguments[18], arguments[24]
+    dtype, n, (concepts, p, pt) = acc_dtype(y.dtype), y.shape[0], value.shape
+    channels = concepts * p
+    statistics, state_statistics = (channels if norm == "batch" else 0), (pt if state_mean is None else 0)
+    saved = 0
+    if save:
+        saved = 3 * channels + 5 * n * channels + 4 * n * concepts * pt + 3 * n * concepts
+        saved += n * channels * pt + n * concepts * concepts + 2 * pt
+    sizes = (statistics, statistics, state_statistics, state_statistics, saved)
+    return empty_map_like(y), *(y.new_empty((size,), dtype=dtype) for size in sizes)
+
+
+def _fake_backward(grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    parameters, saved = rest[:13], rest[13]
+    check_devices("vcr_middle_backward", grad_out, y, *parameters, saved)
+    return empty_map_like(y), *(like_parameter(w, y) for w in parameters)
+
+
+@on_load
+def _register() -> None:
+    global _forward, _backward
+    _forward, _backward = register(
+        "vcr_middle",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        backward=_op_backward,
+        flops=flops.vcr_middle,
+        flops_backward=flops.vcr_middle_backward,
+    )
