@@ -139,10 +139,10 @@ def failed_build(**environment: str) -> str:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """A folder of packages to build with, instead of this environment's: no torch."""
-    site = Path(torch.__file__).parent.parent
-    for name in ("setuptools", "_distutils_hack", "wheel", "packaging", "pybind11", "ninja"):
-        (tmp_path / name).symlink_to(site / name)
+    """A folder of packages to build with: this environment's, but for torch."""
+    for package in Path(torch.__file__).parent.parent.iterdir():
+        if not package.name.startswith("torch"):
+            (tmp_path / package.name).symlink_to(package)
     return tmp_path
 
 
