@@ -87,6 +87,13 @@ struct MapShape {
   }
 };
 
+inline Problem problem_of(const MapShape& y, const Tensor& value) {
+  require(value.dim() == 3, "value is (C, p, pt)");
+  const auto size = value.sizes();
+  require(size[0] * size[1] == y.channels, "y's channels differ from value's C * p");
+  return {y.N, size[0], size[1], size[2], y.S};
+}
+
 inline Tensor dense_contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
 
 // A new map of `like`'s sizes and dtype, dense, channels_last where asked.

@@ -160,5 +160,26 @@ VCR_INLINE void static_edge_gradient_row(int64_t N, int64_t C, int64_t pt, int64
   }
 }
 
+// All images, and the edges' gradient summed over them in order. partial: [N, pt, C] for dynamic edges.
+template <class A>
+void reasoner_edges_backward(const Parallel& pool, int64_t N, int64_t C, int64_t pt, Edges edges, const A* h, const A* edge, const A* a,
+                             const A* dg, A* dh, A* dedge, A* partial) {
+  const int64_t share = edges == Edges::dynamic_edges ? pt * C : 0;
+  for_ranges(pool, N, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(reason_backward_scratch(C, pt));
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t k = n * C * pt;
+      reason_image_backward(C, pt, edges, h + k, edge, a + n * C * C, dg + k, dh + k, partial + n * share, scratch.get());
+    }
+  });
+  for (int64_t i = 0; i < share; ++i) {
+    A sum = 0;
+    for (int64_t n = 0; n < N; ++n) sum += partial[n * share + i];
+    dedge[i] = sum;
+  }
+  if (edges == Edges::static_edges)
+    for_each(pool, C, [&](int64_t c) { static_edge_gradient_row(N, C, pt, c, dg, h, dedge + c * C); });
+}
+
 }  // namespace
 }  // namespace vcr

@@ -2,7 +2,7 @@
 //   l_i = yhat_i . v,  a = softmax(l),  r = sum_i a_i yhat_i,  and for training R = Cov_a(yhat, yhat * s Wv) [p, pt],
 // which spares the backward pass a read of the map (dv = R dh). The tile is read from memory once and then from cache.
 #pragma once
-#include "../cpu/tile.h"
+#include "../channel_stats/cpu_channels_last.h"
 #include "cpu_small.h"
 
 namespace vcr {

@@ -46,6 +46,11 @@ template <class A>
 VCR_INLINE A* offset(A* base, int64_t count) {
   return base == nullptr ? nullptr : base + count;
 }
+template <class A>
+VCR_INLINE void fill_zero(A* to, int64_t count) {
+  if (to == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
 VCR_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 VCR_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 VCR_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

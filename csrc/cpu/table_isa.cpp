@@ -1,5 +1,8 @@
 // Compiled once per instruction-set level and feature type (VCR_LEVEL, VCR_DTYPE); exports one symbol, the table. Everything else
 // here is in anonymous namespaces, so the linker can't give one level's code to another.
+#include "../concept_modulate/cpu_op.h"
+#include "../concept_reason/cpu_op.h"
+#include "../concept_sample/cpu_op_backward.h"
 #include "../vcr_middle/cpu_backward.h"
 #include "../vcr_middle/cpu_forward.h"
 #include "table.h"
@@ -30,6 +33,12 @@ extern const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE);
 const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE) = {
     run<MiddleForwardCpu, MiddleForward<T>>,
     run<MiddleBackwardCpu, MiddleBackward<T>>,
+    run<SampleForwardCpu, SampleForward<T>>,
+    run<SampleBackwardCpu, SampleBackward<T>>,
+    run<ModulateForwardCpu, ModulateForward<T>>,
+    run<ModulateBackwardCpu, ModulateBackward<T>>,
+    reason_forward<acc_t<T>>,
+    reason_backward<acc_t<T>>,
 };
 
 }  // namespace vcr

@@ -6,13 +6,6 @@
 namespace vcr {
 namespace {
 
-Problem problem_of(const MapShape& y, const Tensor& value) {
-  require(value.dim() == 3, "value is (C, p, pt)");
-  const auto size = value.sizes();
-  require(size[0] * size[1] == y.channels, "y's channels differ from value's C * p");
-  return {y.N, size[0], size[1], size[2], y.S};
-}
-
 MiddleOptions options_of(const std::string& norm, const std::string& sampler, const std::string& edges, const std::string& modulation) {
   MiddleOptions o;
   o.norm = variant<Norm>(norm_names, norm, "norm");

@@ -3,6 +3,8 @@
 #pragma once
 #include "../concept_reason/cpu.h"
 #include "../concept_sample/cpu_backward.h"
+#include "../concept_sample/cpu_forward.h"
+#include "../concept_modulate/cpu_backward.h"
 #include "cpu_view.h"
 
 namespace vcr {
@@ -29,7 +31,7 @@ struct MiddleBackwardCpu {
 
   explicit MiddleBackwardCpu(const MiddleBackward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), CP(pr.channels()), NC(pr.N * pr.C),
-        per_group(concepts_per_gather(pr)), groups((pr.C + per_group - 1) / per_group), pixel(o.modulation == Modulation::pixel),
+        per_group(concepts_per_gather(pr)), groups(concept_groups(pr)), pixel(o.modulation == Modulation::pixel),
         constants(2 * CP), memory(12 * pr.N * CP + 2 * NC + 2 * NC * pr.pt + 3 * CP) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
     A* at = memory.get();
@@ -153,70 +155,31 @@ struct MiddleBackwardCpu {
     });
   }
 
-  // The modulator's parameters and dL/dstate of concept c.
-  void modulator_gradients(int64_t c, A* dabar) const {
-    const Width<P, PT> size(pr);
-    const int64_t p = size.p(), pt = size.pt(), weights = c * p * pt;
-    A *dscale = offset(f.grads.scale_weight, weights), *dshift = offset(f.grads.shift_weight, weights);
-    const A *scale = offset(w.scale_weight, weights), *shift = offset(w.shift_weight, weights);
-    A *dscale_bias = f.grads.scale_bias + c * p, *dshift_bias = f.grads.shift_bias + c * p;
-    for (int64_t j = 0; j < p; ++j) {
-      dscale_bias[j] = dshift_bias[j] = 0;
-      ds[c * p + j] = db[c * p + j] = 0;
-    }
+  // The modulator's parameters and dL/dstate of concept c, and its share of the batch norm's gradients.
+  void modulator_gradients_of(int64_t c, A* scratch) const {
+    const int64_t p = pr.p, weights = c * p * pr.pt;
+    const ModulatorGrads<A> g{offset(f.grads.scale_weight, weights), offset(f.grads.shift_weight, weights), f.grads.scale_bias + c * p,
+                              f.grads.shift_bias + c * p};
+    for (int64_t j = c * p; j < (c + 1) * p; ++j) ds[j] = db[j] = 0;
     for (int64_t n = 0; n < pr.N; ++n) {
-      const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
-      const int64_t at = n * CP + c * p;
-      const A *state = saved.state + (n * pr.C + c) * pt, *e0 = E0 + at, *e1 = E1 + at, *f0 = F0 + at, *f1 = F1 + at;
-      A* out = dstate + (n * pr.C + c) * pt;
+      const int64_t at = n * CP + c * p, k = (n * pr.C + c) * pr.pt;
+      modulator_backward<P, PT>(pr, view.concept_args(pr, n, c, nullptr), ModulatorSums<A>{E0 + at, E1 + at, F0 + at, F1 + at},
+                                saved.state + k, offset(w.scale_weight, weights), offset(w.shift_weight, weights), g, dstate + k, scratch);
+      for (int64_t i = 0; i < pr.pt; ++i)
+        if (saved.state[k + i] <= 0) dstate[k + i] = 0;  // the state's ReLU; NaN passes
       for (int64_t j = 0; j < p; ++j) {
-        dabar[j] = a.s[j] * f1[j] + a.b[j] * f0[j];
-        dscale_bias[j] += a.s[j] * e1[j] + a.b[j] * e0[j];
-        dshift_bias[j] += e0[j];
-        ds[c * p + j] += saved.abar[at + j] * f1[j] + w.scale_bias[c * p + j] * e1[j];
-        db[c * p + j] += saved.abar[at + j] * f0[j] + w.scale_bias[c * p + j] * e0[j];
-      }
-      for (int64_t k = 0; k < pt; ++k) {
-        A x = 0;
-        if (scale != nullptr) {
-          x += dot(dabar, scale + k * p, p);
-          for (int64_t j = 0; j < p; ++j) dscale[k * p + j] += state[k] * dabar[j];
-        }
-        if (shift != nullptr) {
-          x += dot(f0, shift + k * p, p);
-          for (int64_t j = 0; j < p; ++j) dshift[k * p + j] += state[k] * f0[j];
-        }
-        out[k] = state[k] <= 0 ? A(0) : x;  // NaN passes
+        const A abar = saved.abar[at + j], bias = w.scale_bias[c * p + j];
+        ds[c * p + j] += abar * F1[at + j] + bias * E1[at + j];
+        db[c * p + j] += abar * F0[at + j] + bias * E0[at + j];
       }
     }
-  }
-  static A dot(const A* x, const A* y, int64_t count) {
-    vec<A> acc = zeros<A>();
-    for_vectors<A>(count, [&](int64_t i, auto whole, int some) { acc = fma(load_some<whole()>(x + i, some), load_some<whole()>(y + i, some), acc); });
-    return hsum<A>(acc);
   }
 
   void reasoner_gradients() const {
     normalise_states_backward(NC, pr.pt, o.state_batch, saved.xhat, saved.state_rstd, w.state_weight, dstate, f.grads.state_weight,
                               f.grads.state_bias);
-    const int64_t share = o.edges == Edges::dynamic_edges ? pr.pt * pr.C : 0;
-    Scratch<A> partial(pr.N * share);
-    for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(reason_backward_scratch(pr.C, pr.pt));
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t k = n * pr.C * pr.pt;
-        reason_image_backward(pr.C, pr.pt, o.edges, saved.h + k, w.edge, saved.edges + n * pr.C * pr.C, dstate + k, dh + k,
-                              partial.get() + n * share, scratch.get());
-      }
-    });
-    for (int64_t i = 0; i < share; ++i) {
-      A sum = 0;
-      for (int64_t n = 0; n < pr.N; ++n) sum += partial.get()[n * share + i];
-      f.grads.edge[i] = sum;
-    }
-    if (o.edges == Edges::static_edges)
-      for_each(f.pool, pr.C,
-               [&](int64_t c) { static_edge_gradient_row(pr.N, pr.C, pr.pt, c, dstate, saved.h, f.grads.edge + c * pr.C); });
+    Scratch<A> partial(o.edges == Edges::dynamic_edges ? NC * pr.pt : 0);
+    reasoner_edges_backward(f.pool, pr.N, pr.C, pr.pt, o.edges, saved.h, w.edge, saved.edges, dstate, dh, f.grads.edge, partial.get());
   }
 
   // The sampler's parameters and the batch norm's of concept c; what pass 2 needs per (image, channel).
@@ -279,12 +242,8 @@ struct MiddleBackwardCpu {
 
   void zero_gradients() const {
     const int64_t weights = CP * pr.pt;
-    for (A* to : {f.grads.value, f.grads.query, f.grads.key, f.grads.scale_weight, f.grads.shift_weight})
-      if (to != nullptr)
-        for (int64_t i = 0; i < weights; ++i) to[i] = 0;
-    if (f.grads.logit != nullptr)
-      for (int64_t i = 0; i < CP; ++i) f.grads.logit[i] = 0;
-    for (int64_t i = 0; i < CP; ++i) c1[i] = 0;
+    for (A* to : {f.grads.value, f.grads.query, f.grads.key, f.grads.scale_weight, f.grads.shift_weight}) fill_zero(to, weights);
+    for (A* to : {f.grads.logit, f.grads.scale_bias, f.grads.shift_bias, c1}) fill_zero(to, CP);
   }
 
   void run() const {
@@ -296,8 +255,8 @@ struct MiddleBackwardCpu {
     tick(Pass::modulate_backward_sums);
     zero_gradients();
     for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
-      Scratch<A> dabar(pr.p);
-      for (int64_t c = begin; c < end; ++c) modulator_gradients(c, dabar.get());
+      Scratch<A> scratch(pr.p);
+      for (int64_t c = begin; c < end; ++c) modulator_gradients_of(c, scratch.get());
     });
     reasoner_gradients();
     for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {

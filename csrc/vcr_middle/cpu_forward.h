@@ -1,8 +1,8 @@
 // The fused middle forward: order of passes and who owns what. Training 3R + 1W; evaluation 2R + 1W at most, of which the second
 // read finds the map in cache where an image fits it.
 #pragma once
-#include "../channel_stats/cpu_channels_last.h"
 #include "../concept_reason/cpu.h"
+#include "../concept_sample/cpu_forward.h"
 #include "cpu_view.h"
 
 namespace vcr {
@@ -24,7 +24,7 @@ struct MiddleForwardCpu {
   explicit MiddleForwardCpu(const MiddleForward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
         coefficients(4 * pr.N * pr.channels()), CP(pr.channels()), NC(pr.N * pr.C),
-        groups((pr.C + concepts_per_gather(pr) - 1) / concepts_per_gather(pr)), per_group(concepts_per_gather(pr)),
+        groups(concept_groups(pr)), per_group(concepts_per_gather(pr)),
         pixel(o.modulation == Modulation::pixel) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
   }
@@ -81,28 +81,16 @@ struct MiddleForwardCpu {
     for (int64_t j = 0; j < CP; ++j) saved.s[j] = saved.rstd[j] * (w.norm_weight ? w.norm_weight[j] : A(1));
   }
 
-  // Pass 2 for concepts [c0, c1) of image n. Where no statistics pass went before, the tile's means are taken while it is in cache.
+  // Pass 2 for concepts [c0, c1) of image n.
   void sample(int64_t n, int64_t c0, int64_t c1, A* buffer, A* scratch) const {
+    const SampleWeights<A> weights{w.value, w.query, w.key, w.logit};
+    const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, o.save ? saved.R : nullptr};
     visit_tiles(pr, f.y, n, c0, c1, buffer, [&](int64_t c, auto tile) {
-      const int64_t at = n * CP + c * pr.p, k = (n * pr.C + c) * pr.pt;
-      if (o.norm != Norm::batch)
-        for (int64_t j = 0; j < pr.p; ++j) saved.m[at + j] = row_mean(tile.data + j * tile.row, pr.S);
-      A* v = scratch;
-      const SampleArgs<A> a = view.concept_args(pr, n, c, v);
-      const int64_t weights = c * pr.p * pr.pt;
-      sample_prologue<P, PT>(pr, o.sampler, a, saved.m + at, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), saved.q + k,
-                             saved.u + at, v);
-      A* r = saved.r + at;
-      if (o.sampler == Sampler::pool) {
-        for (int64_t j = 0; j < pr.p; ++j) r[j] = saved.m[at + j] - a.mu[j];
-      } else {
-        A* R = o.save ? saved.R + at * pr.pt : nullptr;
-        saved.softmax[n * pr.C + c] = sample_tile<P, PT>(pr, tile, a, w.value + weights, pixel && o.save, scratch + round_up(pr.p, 16), r, R);
-      }
-      sample_epilogue<P, PT>(pr, a, r, w.value + weights, saved.h + k);
+      sample_concept<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, pixel && o.save, n, c, tile,
+                            static_cast<A*>(nullptr), scratch);
     });
   }
-  int64_t sample_memory() const { return sample_scratch(pr) + round_up(pr.p, 16); }
+  int64_t sample_memory() const { return sample_concept_scratch(pr); }
 
   // The batch norm of states when its statistics are given: one image at a time.
   void given_state_stats() const {

@@ -1,20 +1,10 @@
-// How image n sees the first batch norm, z = s (y - mu) + b: per-channel arrays, or, without a batch norm, s = 1 and each image
-// centred on its own mean (mu = b = m), so that no variant is computed uncentred.
+// The first batch norm as the stages see it.
 #pragma once
 #include "args.h"
 #include "cpu_input_grad.h"
 
 namespace vcr {
 namespace {
-
-template <class A>
-struct NormView {
-  const A *mu, *s, *b;
-  int64_t image_stride;  // of mu and b
-  SampleArgs<A> concept_args(const Problem& pr, int64_t n, int64_t c, const A* v) const {
-    return {mu + n * image_stride + c * pr.p, s + c * pr.p, b + n * image_stride + c * pr.p, v};
-  }
-};
 
 // constants: [2 CP] that this function fills with ones and zeros where the norm has no such parameter.
 template <class A>

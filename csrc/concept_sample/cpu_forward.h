@@ -1,0 +1,63 @@
+// The concept sampler over a map: the stage that the fused middle shares, and the op alone.
+#pragma once
+#include "cpu_tile.h"
+
+namespace vcr {
+namespace {
+
+VCR_INLINE int64_t concept_groups(const Problem& pr) { return (pr.C + concepts_per_gather(pr) - 1) / concepts_per_gather(pr); }
+VCR_INLINE int64_t sample_concept_scratch(const Problem& pr) { return sample_scratch(pr) + round_up(pr.p, 16); }
+
+// One (image, concept); with `means`, the tile's means are taken here, while it is in cache. attention: [S] or null.
+template <int P, int PT, class A, class AnyTile>
+void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view, const SampleWeights<A>& w, const SampleState<A>& to,
+                    bool means, bool count_ties, int64_t n, int64_t c, AnyTile tile, A* attention, A* scratch) {
+  const int64_t at = n * pr.channels() + c * pr.p, k = (n * pr.C + c) * pr.pt, weights = c * pr.p * pr.pt;
+  if (means)
+    for (int64_t j = 0; j < pr.p; ++j) to.m[at + j] = row_mean(tile.data + j * tile.row, pr.S);
+  A *v = scratch, *r = to.r + at, *e = scratch + round_up(pr.p, 16);
+  const SampleArgs<A> a = view.concept_args(pr, n, c, v);
+  sample_prologue<P, PT>(pr, sampler, a, to.m + at, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), to.q + k,
+                         to.u + at, v);
+  if (sampler == Sampler::pool) {
+    for (int64_t j = 0; j < pr.p; ++j) r[j] = to.m[at + j] - a.mu[j];
+  } else {
+    to.softmax[n * pr.C + c] =
+        sample_tile<P, PT>(pr, tile, a, w.value + weights, count_ties, e, r, to.R ? to.R + at * pr.pt : nullptr);
+  }
+  sample_epilogue<P, PT>(pr, a, r, w.value + weights, to.h + k);
+  if (attention != nullptr) {
+    const bool pool = sampler == Sampler::pool;
+    const A scale = A(1) / (pool ? A(pr.S) : to.softmax[n * pr.C + c].sum);
+    for (int64_t i = 0; i < pr.S; ++i) attention[i] = pool ? scale : e[i] * scale;
+  }
+}
+
+template <class T, int P, int PT>
+struct SampleForwardCpu {
+  using A = acc_t<T>;
+  const SampleForward<T>& f;
+  explicit SampleForwardCpu(const SampleForward<T>& args) : f(args) {}
+
+  void run() const {
+    const Problem& pr = f.problem;
+    const int64_t groups = concept_groups(pr), size = concepts_per_gather(pr);
+    const SampleState<A> state = sample_state(pr, f.saved, f.h, f.save);
+    Scratch<A> ones(pr.channels());
+    for (int64_t j = 0; j < pr.channels(); ++j) ones.get()[j] = 1;
+    const NormView<A> view{state.m, ones.get(), state.m, pr.channels()};
+    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(sample_concept_scratch(pr)), buffer(visit_scratch(pr, f.z));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / groups, c0 = i % groups * size, c1 = min(pr.C, c0 + size);
+        visit_tiles(pr, f.z, n, c0, c1, buffer.get(), [&](int64_t c, auto tile) {
+          sample_concept<P, PT>(pr, f.sampler, view, f.weights, state, true, false, n, c, tile, offset(f.attention, (n * pr.C + c) * pr.S),
+                                scratch.get());
+        });
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace vcr
