@@ -11,9 +11,7 @@ square over at least five random draws. Three things that this sentence leaves o
   a tensor of few elements comes out near zero would outweigh all the others.
 - A gradient that is zero in theory (its reference is 1e-11 of the others or less) is divided by the median norm of the
   other gradients instead.
-- Results in float64 have no reference better than their own type. Rounding errors are proportional to eps, so plain
-  PyTorch's error in float64 is taken from its float32 run, scaled by the ratio of the two eps, and the reference
-  is allowed that much error of its own, independent of ours.
+- float64 can't judge float64: the reference of float64 results is in long double (extended.py).
 """
 
 from __future__ import annotations
@@ -21,7 +19,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,10 +34,10 @@ ZERO_IN_THEORY = 1e-11
 class Result:
     """What one side computed in one draw: outputs, and gradients by the name of what they are gradients of."""
 
-    outputs: dict[str, Tensor]
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Any]
+    gradients: dict[str, Any] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         return self.outputs | {f"d{name}": gradient for name, gradient in self.gradients.items()}
 
 
@@ -52,10 +52,15 @@ class _Sums:
     worst_at: str = ""
 
 
-def _norms(x: Tensor) -> tuple[float, float]:
-    if x.numel() == 0:
+def _fine(x: Tensor | np.ndarray) -> np.ndarray:
+    """Long double, which holds every other type."""
+    return x.detach().double().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x.astype(np.longdouble)
+
+
+def _norms(x: np.ndarray) -> tuple[float, float]:
+    if x.size == 0:
         return 0.0, 0.0
-    return float(torch.linalg.vector_norm(x)), float(x.abs().amax())
+    return float(np.sqrt(np.square(x).sum())), float(np.abs(x).max())
 
 
 class Closeness:
@@ -71,31 +76,30 @@ class Closeness:
         self.sums: dict[str, _Sums] = {}
 
     def add(self, ours: Result, plain: Result, reference: Result) -> None:
-        """Take one draw. ``plain`` is in ``dtype``, or in float32 where that is float64."""
+        """Take one draw. The reference is in float64, or in long double where ``dtype`` is float64."""
         self.draws += 1
         us, them, right = ours.tensors(), plain.tensors(), reference.tensors()
         assert us.keys() == them.keys() == right.keys(), (sorted(us), sorted(them), sorted(right))
-        for name, r in right.items():
-            x, y = us[name].detach(), them[name].detach()
-            assert x.shape == r.shape, f"{self.label} {name}: shape {tuple(x.shape)}, not {tuple(r.shape)}"
-            difference = x.double() - r.double()
+        for name in right:
+            x, y, r = (_fine(side[name]) for side in (us, them, right))
+            assert x.shape == r.shape, f"{self.label} {name}: shape {x.shape}, not {r.shape}"
             sums = self.sums.setdefault(name, _Sums())
-            norms = (_norms(difference), _norms(y.double() - r.double()), _norms(r.double()))
-            for total, pair in zip((sums.ours, sums.plain, sums.reference), norms, strict=True):
-                for i in (0, 1):
-                    total[i] += pair[i] ** 2
-            self._note_worst(sums, x, r, difference)
+            with np.errstate(invalid="ignore"):
+                differences = x - r, y - r, r
+            for total, values in zip((sums.ours, sums.plain, sums.reference), differences, strict=True):
+                for i, norm in enumerate(_norms(values)):
+                    total[i] += norm**2
+            self._note_worst(sums, x, r, differences[0])
 
-    def _note_worst(self, sums: _Sums, x: Tensor, r: Tensor, difference: Tensor) -> None:
-        if x.numel() == 0:
+    def _note_worst(self, sums: _Sums, x: np.ndarray, r: np.ndarray, difference: np.ndarray) -> None:
+        if x.size == 0:
             return
-        distance = difference.abs().nan_to_num(nan=math.inf).flatten()
-        at = int(distance.argmax())
+        distance = np.nan_to_num(np.abs(difference), nan=math.inf, posinf=math.inf)
+        at = np.unravel_index(int(distance.argmax()), x.shape)
         if float(distance[at]) > sums.worst:
             sums.worst = float(distance[at])
-            index = [int(i) for i in torch.unravel_index(torch.tensor(at), x.shape)]
-            got, wanted = float(x.reshape(-1)[at]), float(r.reshape(-1)[at])
-            sums.worst_at = f"{index} of draw {self.draws - 1}: {got:.9g}, reference {wanted:.9g}"
+            index = [int(i) for i in at]
+            sums.worst_at = f"{index} of draw {self.draws - 1}: {x[at]:.9g}, reference {r[at]:.9g}"
 
     def _scale(self, name: str, i: int) -> float:
         """The root mean square norm that errors of ``name`` are divided by."""
@@ -118,11 +122,7 @@ class Closeness:
         for i in (0, 1):
             scale = self._scale(name, i)
             ours, plain = (math.sqrt(total[i] / self.draws) / scale for total in (sums.ours, sums.plain))
-            limit = FACTOR * plain + eps
-            if self.dtype == torch.float64:
-                plain *= eps / torch.finfo(torch.float32).eps
-                limit = math.hypot(FACTOR * plain + eps, plain)
-            result.append((ours, plain, limit))
+            result.append((ours, plain, FACTOR * plain + eps))
         return result
 
     def failures(self) -> list[str]:

@@ -27,9 +27,7 @@ def draws(dtype, ours_times, plain_error=None, count=10, shape=(200,), gradient_
             reference = noise(shape, generator)
             if name == "zero":
                 reference = reference * (1e-16 if gradient_zero else 1)
-            # float64's plain error is taken from a float32 run.
-            factor = torch.finfo(torch.float32).eps / eps if dtype == torch.float64 else 1
-            plain = reference + plain_error * factor * noise(shape, generator)
+            plain = reference + plain_error * noise(shape, generator)
             ours = reference + plain_error * ours_times * noise(shape, generator)
             for result, tensor in zip(results, (ours, plain, reference), strict=True):
                 getattr(result, kind)[name] = tensor

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGES = ["python_ref", "vcr_ops"]
 
@@ -163,3 +164,21 @@ def test_zero_init_computes_what_a_trained_resnext_block_computes(package, train
     block.train(training)
     torch.testing.assert_close(block(x), plain(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(block.bn2.running_var, plain.bn2.running_var, rtol=1e-12, atol=1e-12)
+
+
+# Convolutions and products alone are counted here; the paper's tool counts norms and pools as well (0.01 to 0.02).
+GFLOPS = {
+    "resnext50": ("resnext50", {}, 4.24),
+    "resnext101": ("resnext101", {}, 7.99),
+    "vcrnet50": ("vcrnet50", {}, 4.26),
+    "vcrnet50-pixel": ("vcrnet50", {"modulation": "pixel"}, 4.29),
+    "vcrnet101": ("vcrnet101", {}, 8.01),
+}
+
+
+@pytest.mark.parametrize("name, options, wanted", GFLOPS.values(), ids=GFLOPS.keys())
+def test_flops_of_the_equations(name, options, wanted):
+    network = build("python_ref", name, **options).eval()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, 224, 224, device="meta"))
+    assert wanted - 0.025 <= counter.get_total_flops() / 2e9 <= wanted

@@ -10,6 +10,7 @@ import torch
 import python_ref
 
 from . import grid
+from .ops import adapters
 
 LAYOUTS = ["contiguous", "channels_last", "permuted"]
 SPATIAL = [(7,), (3, 4), (2, 3, 2)]
@@ -224,3 +225,18 @@ def test_unknown_names():
     for argument in ("sampler", "edges", "modulation", "affine"):
         with pytest.raises(ValueError, match=argument):
             python_ref.VisualConceptReasoning(20, 4, **{argument: "other"})
+
+
+ADAPTERS = adapters()
+VARIANTS = [case for adapter in ADAPTERS.values() for case in adapter.variants(dtype="f64", size="N2C5p8S30")]
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=[case.id for case in VARIANTS])
+def test_gradients_beside_long_double(case):
+    adapter = ADAPTERS[case.op]
+    inputs, gradients = adapter.draw(case)
+    plain = adapter.plain_result(inputs, gradients, case).tensors()
+    fine = adapter.reference_result(inputs, gradients, case).tensors()
+    assert plain.keys() == fine.keys()
+    for name, x in fine.items():
+        torch.testing.assert_close(plain[name], torch.as_tensor(x.astype(float)), rtol=1e-10, atol=1e-10)

@@ -1,0 +1,181 @@
+"""One adapter per op: it makes inputs, calls the op and calls the reference. What they share stands here."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..closeness import MINIMUM_DRAWS, Closeness, Result
+from ..extended import fine_result
+from ..grid import Case, arrange, same_images
+
+Tensors = dict[str, Tensor]
+
+# A pre-activation this near to zero (beside its own size) may come out on either side of it in float32, and then a
+# gradient is there or not: nothing that an error measures. Such draws are made again, but for bfloat16: there it
+# happens all the time, to plain PyTorch as well.
+RELU_MARGIN = 2e-5
+
+
+class Adapter:
+    """What the tests need to know of an op.
+
+    Attributes:
+        name: the op's.  maps: its inputs of the map's size and type.  small: its inputs in the accumulation type.
+        constants: its inputs that have no gradient.
+    """
+
+    name: str
+    maps: tuple[str, ...]
+    small: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+
+    def cases(self) -> list[Case]:
+        """The grid."""
+        raise NotImplementedError
+
+    def variants(self, **fixed: str) -> list[Case]:
+        """Every combination of variants, on one small problem."""
+        raise NotImplementedError
+
+    def make(self, case: Case, random: Callable[..., Tensor]) -> Tensors:
+        """Inputs in float64, contiguous. ``random(*shape)`` is normal."""
+        raise NotImplementedError
+
+    def ours(self, inputs: Tensors, case: Case, backend: str) -> Tensors:
+        """Outputs of the op."""
+        raise NotImplementedError
+
+    def reference(self, inputs: Tensors, case: Case) -> Tensors:
+        """Outputs of the equations, by the same names."""
+        raise NotImplementedError
+
+    def dtype_of(self, name: str, case: Case) -> torch.dtype:
+        """The type of an input."""
+        if name in self.maps:
+            return case.feature_dtype
+        return case.small_dtype if name in self.small else case.parameter_dtype
+
+    def layout_of(self, name: str, case: Case) -> str | None:
+        """The strides of an input; None: as it comes."""
+        return case.layout if name in self.maps else None
+
+    def draw(self, case: Case, index: int = 0) -> tuple[Tensors, Tensors]:
+        """(inputs, gradients of the outputs), float64, with values that the case's types hold exactly."""
+        for attempt in range(200):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{case.id} {index} {attempt}".encode()))
+
+            def random(*shape: int, generator: torch.Generator = generator) -> Tensor:
+                return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+            inputs = {}
+            for name, x in self.make(case, random).items():
+                inputs[name] = x.to(self.dtype_of(name, case)).double()
+                if name in self.maps and case.layout == "expanded":
+                    inputs[name] = same_images(inputs[name])
+            with relu_margin() as margin, torch.no_grad():
+                outputs = self.reference(inputs, case)
+            if case.dtype != "bf16" and margin[0] < RELU_MARGIN:
+                continue
+            gradients = {}
+            for name in self.differentiable(outputs):
+                gradients[name] = random(*outputs[name].shape).to(case.feature_dtype).double()
+                if case.grad_layout == "expanded":
+                    gradients[name] = same_images(gradients[name])
+            return inputs, gradients
+        raise RuntimeError(f"{case.id}: no draw keeps its distance from the kink of ReLU")
+
+    def differentiable(self, outputs: Tensors) -> list[str]:
+        """The outputs that have gradients: all but statistics."""
+        return [name for name in outputs if not name.endswith(("mean", "var"))]
+
+    def leaves(self, inputs: Tensors, case: Case) -> Tensors:
+        """The inputs in the case's types and strides, requiring gradients."""
+        leaves = {}
+        for name, x in inputs.items():
+            x = x.to(self.dtype_of(name, case))
+            layout = self.layout_of(name, case)
+            x = x.clone() if layout is None or x.dim() < 3 else arrange(x, layout)
+            leaves[name] = x.requires_grad_(name not in self.constants)
+        return leaves
+
+    def run(
+        self, function: Callable[[Tensors, Case], Tensors], leaves: Tensors, gradients: Tensors, case: Case
+    ) -> Result:
+        """Outputs of ``function`` and the gradients of all its inputs."""
+        outputs = function(leaves, case)
+        names = [name for name in gradients if outputs[name].requires_grad]
+        wanted = [name for name, x in leaves.items() if x.requires_grad]
+        grad_outputs = []
+        for name in names:
+            gradient = gradients[name].to(outputs[name].dtype)
+            grad_outputs.append(arrange(gradient, case.grad_layout) if case.grad_layout else gradient)
+        found = torch.autograd.grad(
+            [outputs[name] for name in names], [leaves[name] for name in wanted], grad_outputs, allow_unused=True
+        )
+        got = {
+            name: torch.zeros_like(leaves[name]) if gradient is None else gradient
+            for name, gradient in zip(wanted, found, strict=True)
+        }
+        return Result({name: x.detach() for name, x in outputs.items()}, got)
+
+    def reference_result(self, inputs: Tensors, gradients: Tensors, case: Case) -> Result:
+        """The reference in float64; in long double for float64 itself."""
+        if case.dtype == "f64":
+            return fine_result(inputs, gradients, case, self.constants)
+        exact = case.but(dtype="f64", parameters=None, layout="contiguous", grad_layout=None)
+        return self.run(self.reference, self.leaves(inputs, exact), gradients, exact)
+
+    def plain_result(self, inputs: Tensors, gradients: Tensors, case: Case) -> Result:
+        """Plain PyTorch in the case's types."""
+        return self.run(self.reference, self.leaves(inputs, case), gradients, case)
+
+    def our_result(self, inputs: Tensors, gradients: Tensors, case: Case, backend: str) -> Result:
+        return self.run(lambda x, c: self.ours(x, c, backend), self.leaves(inputs, case), gradients, case)
+
+    def closeness(
+        self, case: Case, backend: str, change: Callable[[Result, Tensors, Tensors], None] | None = None
+    ) -> Closeness:
+        """Draws enough for the tolerance. ``change`` may put a fault into our result."""
+        closeness = Closeness(case.feature_dtype, f"{case.id}-{backend}")
+        draws = MINIMUM_DRAWS
+        while closeness.draws < draws:
+            inputs, gradients = self.draw(case, closeness.draws)
+            ours = self.our_result(inputs, gradients, case, backend)
+            if change is not None:
+                change(ours, inputs, gradients)
+            reference = self.reference_result(inputs, gradients, case)
+            closeness.add(ours, self.plain_result(inputs, gradients, case), reference)
+            # The fewer elements, the more draws: a root mean square over few numbers is luck too.
+            elements = min(x.numel() for x in reference.tensors().values() if x.numel())
+            draws = max(MINIMUM_DRAWS, min(40, math.ceil(200 / elements)))
+        return closeness
+
+
+@contextlib.contextmanager
+def relu_margin() -> Iterator[list[float]]:
+    """How near to zero python_ref's pre-activations came, beside their root mean square: the list's one element."""
+    smallest = [math.inf]
+    relu = F.relu
+
+    def spy(x: Tensor, inplace: bool = False) -> Tensor:
+        if x.numel():
+            smallest[0] = min(smallest[0], float(x.abs().amin() / x.square().mean().sqrt().clamp_min(1e-30)))
+        return relu(x, inplace)
+
+    with mock.patch.object(F, "relu", spy):
+        yield smallest
+
+
+def adapters() -> dict[str, Adapter]:
+    """All of them, by the op's name."""
+    from . import concept_modulate, concept_reason, concept_sample, vcr_middle
+
+    return {m.ADAPTER.name: m.ADAPTER for m in (concept_sample, concept_reason, concept_modulate, vcr_middle)}
