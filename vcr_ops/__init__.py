@@ -1,7 +1,16 @@
-"""Visual concept reasoning blocks for PyTorch, with fused ops that pass over the feature map as few times as possible."""
+"""Visual concept reasoning blocks for PyTorch, with fused ops that pass over the feature map as seldom as possible."""
 
 from . import backend, library
 from .backend import use_backend
+from .models import VCRNet, vcrnet50, vcrnet101
+from .modules import (
+    ConceptModulator,
+    ConceptReasoner,
+    ConceptSampler,
+    VCRBlock,
+    VisualConceptReasoning,
+    no_running_stats_update,
+)
 from .ops.concept_modulate.op import concept_modulate
 from .ops.concept_reason.op import ConceptReasonOutput, concept_reason
 from .ops.concept_sample.op import concept_sample
@@ -12,12 +21,21 @@ __version__ = "0.1.0"
 library.load()
 
 __all__ = [
+    "ConceptModulator",
     "ConceptReasonOutput",
+    "ConceptReasoner",
+    "ConceptSampler",
     "MiddleOutput",
+    "VCRBlock",
+    "VCRNet",
+    "VisualConceptReasoning",
     "backend",
     "concept_modulate",
     "concept_reason",
     "concept_sample",
+    "no_running_stats_update",
     "use_backend",
+    "vcrnet50",
+    "vcrnet101",
     "visual_concept_reasoning",
 ]

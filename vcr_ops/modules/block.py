@@ -1,0 +1,92 @@
+"""The residual block with visual concept reasoning: split, transform, attend, interact, modulate, merge."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..backend import check_backend
+from .batch_norm import CONVOLUTIONS
+from .middle import default_norm, run_middle
+from .modulator import ConceptModulator
+from .reasoner import ConceptReasoner
+from .sampler import ConceptSampler
+
+
+class VCRBlock(nn.Module):
+    """A ResNeXt bottleneck whose groups are concepts that reason about each other (paper, Figure 1).
+
+    The leading arguments mean what they mean in torchvision's ``Bottleneck``.
+
+    Args:
+        inplanes: input channels. planes: output channels / 4.
+        stride, dilation: of the grouped 3x3 convolution. groups: C, the concepts. base_width: p is
+            int(planes * base_width / 64).
+        downsample: the shortcut; None makes a projection where the shape changes.
+        norm_layer: makes bn1, bn2, bn3 from a number of channels; default nn.BatchNorm for ``ndim``.
+        sampler: "dynamic", "static" or "pool". edges: "dynamic", "static" or "none".
+        modulation: "channel" or "pixel" (not with "pool"). affine: "both", "scale" or "shift".
+        ndim: 1, 2 or 3 spatial dims.
+        zero_init: start as the plain ResNeXt block with the same weights.
+        backend: "auto", "cpp" or "composite".
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 32,
+        base_width: int = 4,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        sampler: str = "dynamic",
+        edges: str = "dynamic",
+        modulation: str = "channel",
+        affine: str = "both",
+        ndim: int = 2,
+        zero_init: bool = False,
+        backend: str | None = "auto",
+    ) -> None:
+        super().__init__()
+        checks.check_variants(sampler, edges, modulation, affine)
+        for name, got in (("inplanes", inplanes), ("planes", planes), ("groups", groups)):
+            checks.check_count(name, got)
+        check_backend(backend or "auto")
+        norm = norm_layer or default_norm(ndim)
+        default_norm(ndim)
+        conv = CONVOLUTIONS[ndim]
+        p = int(planes * base_width / 64)
+        if p < 1:
+            raise ValueError(f"planes={planes} and base_width={base_width} leave {p} channels to a concept")
+        width, outplanes = p * groups, planes * self.expansion
+        self.stride, self.modulation, self.backend = stride, modulation, backend
+        self.conv1 = conv(inplanes, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, outplanes, 1, bias=False)
+        self.bn3 = norm(outplanes)
+        self.relu = nn.ReLU(inplace=True)
+        if downsample is None and (stride != 1 or inplanes != outplanes):
+            downsample = nn.Sequential(conv(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
+        self.downsample = downsample
+        self.sampler = ConceptSampler(width, groups, sampler=sampler, backend=backend)
+        self.reasoner = ConceptReasoner(width, groups, edges=edges, backend=backend)
+        self.modulator = ConceptModulator(width, groups, affine=affine, zero_init=zero_init, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, inplanes, *spatial); returns (N, 4 * planes, *spatial), each spatial dim divided by the stride."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        y = run_middle(y, self.bn2, self.sampler, self.reasoner, self.modulator, self.modulation, self.backend)
+        out = self.bn3(self.conv3(y))
+        out += shortcut
+        return self.relu(out)
+
+    def extra_repr(self) -> str:
+        return f"modulation={self.modulation!r}, backend={self.backend!r}"

@@ -1,0 +1,79 @@
+"""The concept reasoner as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..backend import check_backend
+from ..maps import acc_dtype
+from ..ops.concept_reason.composite import interact
+from ..ops.concept_reason.op import concept_reason
+from ..variants import EDGES, state_width
+from .batch_norm import check_rows, is_plain_batch_norm, update_running_stats, uses_batch_statistics
+from .sampler import uniform_projection
+
+
+class ConceptReasoner(nn.Module):
+    """The states exchange what they know over a graph of concepts: relu(BN(H + A H)) (paper, Eq. 3).
+
+    Args:
+        channels: C*p of the map that the states come from. concepts: C.
+        edges: "dynamic" (A from the states), "static" (A learned) or "none".
+        backend: "auto", "cpp" or "composite".
+    Parameters:
+        edge: "dynamic" (pt, C), "static" (C, C). bn: nn.BatchNorm1d over the pt columns, rows being images and concepts.
+            Another norm of (rows, pt) may stand in its place, and hooks on it run.
+    """
+
+    edge: nn.Parameter | None
+
+    def __init__(
+        self, channels: int, concepts: int = 32, *, edges: str = "dynamic", backend: str | None = "auto"
+    ) -> None:
+        super().__init__()
+        checks.check_channels(channels, concepts)
+        checks.check_name("edges", edges, EDGES)
+        check_backend(backend or "auto")
+        pt = state_width(channels // concepts)
+        self.concepts, self.width, self.edges, self.backend = concepts, pt, edges, backend
+        rows = {"dynamic": pt, "static": concepts, "none": 0}[edges]
+        self.register_parameter("edge", uniform_projection(rows, concepts, fan_in=rows) if rows else None)
+        self.bn: nn.Module = nn.BatchNorm1d(pt)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (N, C, pt) to the updated states, of the same shape."""
+        bn = self.bn
+        if not is_plain_batch_norm(bn):
+            return self._with_module(h)
+        if h.dim() == 3:
+            check_rows("h", h.shape[0] * h.shape[1], f"N*C = 1 state, {tuple(h.shape)}", bn)
+        batch = uses_batch_statistics(bn)
+        state, mean, var = concept_reason(
+            h,
+            self.edge,
+            mean=None if batch else bn.running_mean,
+            var=None if batch else bn.running_var,
+            weight=bn.weight,
+            bias=bn.bias,
+            eps=bn.eps,
+            edges=self.edges,
+            backend=self.backend,
+        )
+        if batch:
+            update_running_stats(bn, mean, var, h.shape[0] == 0)
+        return state
+
+    def _with_module(self, h: Tensor) -> Tensor:
+        """With a norm that has to be called."""
+        checks.check_tensor("h", h)
+        n, concepts, pt = h.shape
+        with torch.autocast(h.device.type, enabled=False):
+            dtype = acc_dtype(h.dtype)
+            rows = interact(h.to(dtype), None if self.edge is None else self.edge.to(dtype), self.edges)
+            weight = getattr(self.bn, "weight", None)
+            rows = rows.reshape(n * concepts, pt)
+            rows = self.bn(rows if weight is None else rows.to(weight.dtype))
+            return torch.relu(rows).reshape(n, concepts, pt)
+
+    def extra_repr(self) -> str:
+        return f"concepts={self.concepts}, width={self.width}, edges={self.edges!r}"
