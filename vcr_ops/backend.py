@@ -35,7 +35,7 @@ class Case(NamedTuple):
 class Backend:
     """One way to run every op.
 
-    ``devices``: device types, empty for any. ``why_not``: says why a case can't run, and what would help; None if it can.
+    ``devices``: device types, empty for any. ``why_not``: why a case can't run and what would help, None if it can.
     """
 
     name: str

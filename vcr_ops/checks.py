@@ -76,7 +76,7 @@ def check_map(argument: str, z: object) -> None:
     assert isinstance(z, Tensor)
     if z.dim() < 3:
         raise ValueError(
-            f"{argument} has {z.dim()} dims, {tuple(z.shape)}; it takes (N, C*p, *spatial) with at least one spatial dim"
+            f"{argument} has {z.dim()} dims, {tuple(z.shape)}; it takes (N, C*p, *spatial), one spatial dim or more"
         )
     if 0 in z.shape[1:]:
         what = "channels" if z.shape[1] == 0 else "positions"
@@ -90,12 +90,13 @@ def check_concepts(argument: str, z: Tensor, weight: str, concepts: int, p: int)
         raise ValueError(f"{argument} has {channels} channels, which {weight}'s {concepts} concepts don't divide")
     if channels != concepts * p:
         raise ValueError(
-            f"{weight} is for {concepts} concepts of {p} channels, {concepts * p} in all; {argument} has {channels} channels"
+            f"{weight} is for {concepts} concepts of {p} channels, {concepts * p} in all; "
+            f"{argument} has {channels} channels"
         )
 
 
 def check_like(argument: str, got: object, shape: Shape, like: Tensor, name: str) -> None:
-    """TypeError or ValueError unless ``got`` has a shape, and the device and type (or float32) of ``like``, called ``name``."""
+    """TypeError or ValueError unless ``got`` has a shape, and the device and type (or float32) of ``like``, ``name``."""
     check_tensor(argument, got)
     assert isinstance(got, Tensor)
     if got.dim() != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(got.shape, shape, strict=True)):
@@ -267,7 +268,8 @@ def check_concept_modulate(
     for argument, got in (("scale_weight", scale_weight), ("shift_weight", shift_weight)):
         if isinstance(got, Tensor) and got.shape[1] != state.shape[2]:
             raise ValueError(
-                f"{argument} has shape {tuple(got.shape)}; state's {state.shape[2]} columns take (C, {state.shape[2]}, p)"
+                f"{argument} has shape {tuple(got.shape)}; state's {state.shape[2]} columns take "
+                f"(C, {state.shape[2]}, p)"
             )
     if attention is not None:
         check_like("attention", attention, (z.shape[0], scale_bias.shape[0], *z.shape[2:]), z, "z")

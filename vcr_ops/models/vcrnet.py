@@ -28,6 +28,11 @@ class VCRNet(nn.Module):
         options: VCRBlock's sampler, edges, modulation, affine, zero_init, backend.
     """
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -78,10 +83,12 @@ class VCRNet(nn.Module):
         self.avgpool = _MEAN_POOLS[ndim](1)
         self.fc = nn.Linear(inplanes, num_classes)
         for module in self.modules():
-            if isinstance(module, tuple(CONVOLUTIONS.values())):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_init_residual and isinstance(module, VCRBlock) and module.bn3.weight is not None:
-                nn.init.zeros_(module.bn3.weight)
+            elif zero_init_residual and isinstance(module, VCRBlock):
+                weight = module.bn3.weight
+                if isinstance(weight, Tensor):
+                    nn.init.zeros_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3, *spatial) to logits (N, num_classes)."""

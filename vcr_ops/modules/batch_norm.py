@@ -21,7 +21,7 @@ class _Updates(threading.local):
 _updates = _Updates()
 
 
-class no_running_stats_update(ContextDecorator):  # noqa: N801 (used as a function, as torch.no_grad is)
+class no_running_stats_update(ContextDecorator):
     """Context manager, may be entered again: this package's modules leave running statistics alone in this thread.
 
     Activation checkpointing runs a block's forward twice and so moves its statistics twice. To move them once::

@@ -53,7 +53,7 @@ def run_middle(
     modulation: str,
     backend: str | None,
 ) -> Tensor:
-    """bn, sampler, reasoner and modulator on y (N, C*p, *spatial), in one op where that can't be told from calling them."""
+    """bn, sampler, reasoner, modulator on y (N, C*p, *spatial); in one op where nobody could tell."""
     path = fused_path(bn, sampler, reasoner, modulator)
     if path == "modules":
         return _call_modules(bn(y), sampler, reasoner, modulator, modulation)
@@ -61,7 +61,8 @@ def run_middle(
     if not whole:
         y = bn(y)
     checked = isinstance(y, Tensor) and y.dim() > 2
-    norm, norm_mean, norm_var, norm_weight, norm_bias, norm_eps = "none", None, None, None, None, 0.0
+    norm, norm_mean, norm_var, norm_weight, norm_bias = "none", None, None, None, None
+    norm_eps: Any = 0.0
     if whole:
         if checked:
             check_dims("y", y, bn)
@@ -136,7 +137,7 @@ def default_norm(ndim: int) -> type[nn.Module]:
 class VisualConceptReasoning(nn.Module):
     """Batch norm and the three stages on any Y (N, channels, *spatial), as a grouped convolution puts it out.
 
-    ``relu(alpha * z + beta)`` with ``z = bn(y)`` and alpha, beta from the concepts' states: sampler, reasoner, modulator.
+    ``relu(alpha * z + beta)``, ``z = bn(y)``, alpha and beta from the concepts' states: sampler, reasoner, modulator.
     One fused op where bn and reasoner.bn are nn.BatchNorm without hooks; any other norm is called, as are modules that
     have hooks.
 

@@ -53,7 +53,7 @@ class ConceptModulator(nn.Module):
         self.shift_bias = nn.Parameter(torch.zeros(concepts, p))
 
     def forward(self, z: Tensor, state: Tensor, attention: Tensor | None = None) -> Tensor:
-        """z (N, C*p, *spatial), state (N, C, pt), attention (N, C, *spatial) for pixel modulation; returns z's shape."""
+        """z (N, C*p, *spatial), state (N, C, pt), attention (N, C, *spatial) for the pixel level; returns z's shape."""
         return concept_modulate(
             z,
             state,

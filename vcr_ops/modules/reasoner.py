@@ -1,5 +1,7 @@
 """The concept reasoner as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +23,8 @@ class ConceptReasoner(nn.Module):
         edges: "dynamic" (A from the states), "static" (A learned) or "none".
         backend: "auto", "cpp" or "composite".
     Parameters:
-        edge: "dynamic" (pt, C), "static" (C, C). bn: nn.BatchNorm1d over the pt columns, rows being images and concepts.
-            Another norm of (rows, pt) may stand in its place, and hooks on it run.
+        edge: "dynamic" (pt, C), "static" (C, C). bn: nn.BatchNorm1d over the pt columns, rows being images and
+            concepts. Another norm of (rows, pt) may stand in its place, and hooks on it run.
     """
 
     edge: nn.Parameter | None
@@ -42,7 +44,7 @@ class ConceptReasoner(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (N, C, pt) to the updated states, of the same shape."""
-        bn = self.bn
+        bn: Any = self.bn
         if not is_plain_batch_norm(bn):
             return self._with_module(h)
         if h.dim() == 3:

@@ -51,12 +51,16 @@ class ConceptSampler(nn.Module):
 
     def forward(self, z: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """z (N, C*p, *spatial) to h (N, C, pt), or to (h, attention (N, C, *spatial))."""
-        kwargs = {"query": self.query, "key": self.key, "logit": self.logit}
-        if return_attention:
-            return concept_sample(
-                z, self.value, **kwargs, sampler=self.sampler, return_attention=True, backend=self.backend
-            )
-        return concept_sample(z, self.value, **kwargs, sampler=self.sampler, backend=self.backend)
+        return concept_sample(
+            z,
+            self.value,
+            query=self.query,
+            key=self.key,
+            logit=self.logit,
+            sampler=self.sampler,
+            return_attention=return_attention,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.channels}, concepts={self.concepts}, sampler={self.sampler!r}"

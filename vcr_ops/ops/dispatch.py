@@ -29,7 +29,7 @@ def call(op: OpOverload, *args: Any) -> Any:
 
 
 def call_backward(op: OpOverload, *args: Any) -> Any:
-    """Call a backward op. With ``create_graph=True`` it keeps its formula, which tells that there is no double backward."""
+    """Call a backward op. With ``create_graph=True`` it keeps its formula, which says that it can't go on."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -75,7 +75,7 @@ def register(
 
     def no_double_backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
-            f"{name}: the cpp backend has no double backward; call it with backend='composite', which is differentiable twice"
+            f"{name}: the cpp backend has no double backward; use backend='composite', which is differentiable twice"
         )
 
     torch.library.register_autograd(f"{qualified}_backward", no_double_backward)

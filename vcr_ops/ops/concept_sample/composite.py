@@ -33,7 +33,8 @@ def attend(
     if sampler == "pool":
         return project(affine(mean_positions(x, last)), value), None
     if sampler == "dynamic":
-        assert query is not None and key is not None
+        assert query is not None
+        assert key is not None
         q = project(affine(mean_positions(x, last)), query)
         u = project(q, key.transpose(1, 2)) / math.sqrt(key.shape[2])
     else:

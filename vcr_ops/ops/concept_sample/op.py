@@ -54,6 +54,20 @@ def concept_sample(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def concept_sample(
+    z: Tensor,
+    value: Tensor,
+    *,
+    query: Tensor | None = ...,
+    key: Tensor | None = ...,
+    logit: Tensor | None = ...,
+    sampler: str = ...,
+    return_attention: bool = ...,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def concept_sample(
     z: Tensor,
     value: Tensor,

@@ -35,7 +35,7 @@ def vcr_middle(
     edges: str,
     modulation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """out, and the statistics used: those given, or the batch's (variances unbiased, detached); None for norm="none"."""
+    """out, and the statistics used: given, or the batch's (variances unbiased, detached), or None for norm="none"."""
     dtype = acc_dtype(y.dtype)
     C, p = scale_bias.shape
 
@@ -48,7 +48,8 @@ def vcr_middle(
         n, count = y.shape[0], y.numel() // y.shape[1]
         s = b = mean = var = None
         if norm == "given":
-            assert norm_mean is not None and norm_var is not None
+            assert norm_mean is not None
+            assert norm_var is not None
             mean, var = norm_mean.to(dtype).view(C, p), norm_var.to(dtype).view(C, p)
         elif norm == "batch" and n == 0:
             mean, var = x.new_zeros(C, p), x.new_ones(C, p)

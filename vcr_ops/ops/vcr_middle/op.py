@@ -66,7 +66,7 @@ def visual_concept_reasoning(
         norm: "batch" normalises with this batch's statistics, "given" with norm_mean and norm_var (C*p), "none": z = y.
         norm_weight, norm_bias: (C*p) or None (1 and 0). value, query, key: (C, p, pt). logit: (C, p).
         edge: (pt, C) or (C, C). state_mean, state_var: (pt), None: the batch's. state_weight, state_bias: (pt) or None.
-        scale_weight, shift_weight: (C, pt, p) or None. scale_bias, shift_bias: (C, p). Parameters in y's dtype or float32.
+        scale_weight, shift_weight: (C, pt, p) or None. scale_bias, shift_bias: (C, p). All in y's dtype or float32.
         sampler, edges, modulation: as in the single ops. backend: "auto", "cpp" or "composite"; None is "auto".
     Returns:
         (out, norm_mean, norm_var, state_mean, state_var): out in y's shape, dtype and format; the statistics that were
@@ -143,9 +143,9 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
     if cast:
         arguments = tuple(_as(acc_dtype(dtype), x) if i in (1, 2, 10, 11) else x for i, x in enumerate(arguments))
     try:
-        if (training or y.requires_grad) and torch.is_grad_enabled():
-            if not (compiling and torch.compiler.is_exporting()):
-                return _Middle.apply(*arguments)
+        training = (training or y.requires_grad) and torch.is_grad_enabled()
+        if training and not (compiling and torch.compiler.is_exporting()):
+            return _Middle.apply(*arguments)
         return call(_forward, *arguments, False)[:5]
     except (RuntimeError, ValueError):
         checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
