@@ -125,6 +125,11 @@ class Closeness:
             result.append((ours, plain, FACTOR * plain + eps))
         return result
 
+    def worst_ratio(self) -> float:
+        """The largest error in units of its limit."""
+        pairs = [(ours, limit) for name in self.sums for ours, _, limit in self.errors(name)]
+        return max((ours / limit if limit else math.inf for ours, limit in pairs), default=0.0)
+
     def failures(self) -> list[str]:
         """One line for each tensor that is too far away, in each norm."""
         lines = []
