@@ -9,8 +9,8 @@ them say "auto" or nothing, the device decides: the C++ ops for CPU tensors, ``c
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,21 +80,26 @@ def check_backend(name: object, argument: str = "backend") -> None:
         raise ValueError(f"{argument} is {name!r}; it takes one of {', '.join(map(repr, NAMES))}")
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the ops of this thread on a backend, wherever the keyword ``backend`` doesn't name another.
+class use_backend(ContextDecorator):
+    """Context manager: run the ops of this thread on a backend, where the keyword ``backend`` doesn't name another.
 
     Args:
         name: "cpp", "composite", or "auto" for the device's own, also within another ``use_backend``.
     Raises:
         ValueError: an unknown name.
     """
-    check_backend(name, "name")
-    before, _context.name = _context.name, name
-    try:
-        yield
-    finally:
-        _context.name = before
+
+    def __init__(self, name: str) -> None:
+        check_backend(name, "name")
+        self.name = name
+        self.before: list[str] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_context.name)
+        _context.name = self.name
+
+    def __exit__(self, *_: object) -> None:
+        _context.name = self.before.pop()
 
 
 def tracing() -> str:
@@ -106,16 +111,15 @@ def tracing() -> str:
 
 def choose(requested: str | None, case: Case) -> tuple[Backend, str]:
     """The backend for a case, able to run it or not, and the reason for the choice."""
-    for name, reason in (
-        (requested, "the keyword backend"),
-        (_context.name, "use_backend"),
-        (ENVIRONMENT, "the environment variable VCR_OPS_BACKEND"),
-    ):
-        if name == "auto" and reason == "use_backend":
-            break
-        if name and name != "auto":
-            check_backend(name, "backend" if reason.startswith("the keyword") else reason)
-            return BACKENDS[name], f"{reason} names it"
+    if requested is not None and requested != "auto":
+        check_backend(requested)
+        return BACKENDS[requested], "the keyword backend names it"
+    if _context.name:
+        if _context.name != "auto":
+            return BACKENDS[_context.name], "use_backend names it"
+    elif ENVIRONMENT and ENVIRONMENT != "auto":
+        check_backend(ENVIRONMENT, "the environment variable VCR_OPS_BACKEND")
+        return BACKENDS[ENVIRONMENT], "the environment variable VCR_OPS_BACKEND names it"
     if case.device != "cpu":
         return _COMPOSITE, f"auto takes it on {case.device!r}, which has no kernels of its own"
     if case.tracing:

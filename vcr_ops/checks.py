@@ -96,7 +96,7 @@ def check_concepts(argument: str, z: Tensor, weight: str, concepts: int, p: int)
 
 
 def check_like(argument: str, got: object, shape: Shape, like: Tensor, name: str) -> None:
-    """TypeError or ValueError unless ``got`` has a shape, and the device and type (or float32) of ``like``, ``name``."""
+    """TypeError or ValueError unless ``got`` has a shape, and device and type (or float32) of ``like``, ``name``."""
     check_tensor(argument, got)
     assert isinstance(got, Tensor)
     if got.dim() != len(shape) or any(isinstance(b, int) and a != b for a, b in zip(got.shape, shape, strict=True)):

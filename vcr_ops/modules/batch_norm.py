@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_batch
-
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -38,11 +36,6 @@ class no_running_stats_update(ContextDecorator):
         _updates.off -= 1
 
 
-def updates_running_stats() -> bool:
-    """False within :class:`no_running_stats_update`."""
-    return _updates.off == 0
-
-
 def is_plain(module: nn.Module) -> bool:
     """True where calling ``module`` does nothing but its class's forward: no hooks, no forward of its own."""
     return not (
@@ -70,39 +63,49 @@ def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
-    buffers = bn._buffers
-    return bn.training or (buffers["running_mean"] is None and buffers["running_var"] is None)
+    return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
 
-def check_rows(argument: str, count: int, what: str, bn: nn.Module) -> None:
-    """ValueError where the module would take a batch's variance over one value."""
-    if count == 1 and uses_batch_statistics(bn):
-        check_batch(argument, count, what)
+def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool) -> None:
+    """What nn.BatchNorm's training forward does to its buffers, for several modules in few calls.
 
-
-def update_running_stats(bn: nn.Module, mean: Tensor, var: Tensor, empty: bool) -> None:
-    """What nn.BatchNorm's training forward does to its buffers. mean and var (unbiased) are the batch's.
-
-    empty: the batch has no images, so it counts but moves nothing.
+    Args:
+        updates: (module, batch's mean, batch's unbiased variance); modules that keep no statistics now are passed over.
+        empty: the batch has no images, so it counts but moves nothing.
     """
-    if not (bn.training and bn.track_running_stats and _updates.off == 0):
+    if _updates.off:
         return
-    buffers = bn._buffers
-    tracked = buffers["num_batches_tracked"]
-    momentum: Any = bn.momentum
-    if tracked is not None:
-        tracked.add_(1)
-        if momentum is None:
-            momentum = 1 / tracked
-    elif momentum is None:
-        momentum = 0.0
-    if empty:
-        return
-    for running, batch in ((buffers["running_mean"], mean), (buffers["running_var"], var)):
-        if running is None:
+    counters, running, batch, momenta = [], [], [], []
+    for bn, mean, var in updates:
+        if not (bn.training and bn.track_running_stats):
             continue
-        weight = momentum.to(batch.dtype) if isinstance(momentum, Tensor) else momentum
-        if running.dtype is batch.dtype:
-            running.lerp_(batch, weight)
+        buffers = bn._buffers
+        counter = buffers["num_batches_tracked"]
+        if counter is not None:
+            counters.append(counter)
+        for kept, new in ((buffers["running_mean"], mean), (buffers["running_var"], var)):
+            if kept is not None:
+                running.append(kept)
+                batch.append(new)
+                momenta.append((bn.momentum, counter))
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if empty or not running:
+        return
+    momentum = momenta[0][0]
+    if momentum is not None and all(m[0] == momentum for m in momenta) and all(map(_same_dtype, running, batch)):
+        torch._foreach_lerp_(running, batch, momentum)
+        return
+    for kept, new, (momentum, counter) in zip(running, batch, momenta, strict=True):
+        if momentum is None:  # the cumulative average
+            weight = new.new_zeros(()) if counter is None else (1 / counter).to(new.dtype)
         else:
-            running.copy_(torch.lerp(running.to(batch.dtype), batch, weight))
+            weight = momentum
+        if kept.dtype is new.dtype:
+            kept.lerp_(new, weight)
+        else:
+            kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))
+
+
+def _same_dtype(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype

@@ -83,7 +83,8 @@ class VCRBlock(nn.Module):
         """x (N, inplanes, *spatial); returns (N, 4 * planes, *spatial), each spatial dim divided by the stride."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.conv2(self.relu(self.bn1(self.conv1(x))))
-        y = run_middle(y, self.bn2, self.sampler, self.reasoner, self.modulator, self.modulation, self.backend)
+        m = self._modules  # past nn.Module.__getattr__, which is slow
+        y = run_middle(y, m["bn2"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)
         out = self.bn3(self.conv3(y))
         out += shortcut
         return self.relu(out)

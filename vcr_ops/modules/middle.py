@@ -12,7 +12,6 @@ from ..ops.vcr_middle.op import vcr_middle
 from .batch_norm import (
     BATCH_NORMS,
     check_dims,
-    check_rows,
     is_plain,
     is_plain_batch_norm,
     update_running_stats,
@@ -23,11 +22,7 @@ from .reasoner import ConceptReasoner
 from .sampler import ConceptSampler
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    return module._parameters[name] if name in module._parameters else getattr(module, name)
-
-
-def fused_path(bn: nn.Module, sampler: nn.Module, reasoner: nn.Module, modulator: nn.Module) -> str:
+def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
     """How the middle runs: "whole", "after norm" (bn is called, the rest is fused) or "modules" (each is called).
 
     A module is fused only where nobody could tell: exactly the classes known here, and no hooks.
@@ -38,18 +33,38 @@ def fused_path(bn: nn.Module, sampler: nn.Module, reasoner: nn.Module, modulator
         or type(reasoner) is not ConceptReasoner
         or type(modulator) is not ConceptModulator
         or not (is_plain(sampler) and is_plain(reasoner) and is_plain(modulator))
-        or not is_plain_batch_norm(reasoner.bn)
+        or not is_plain_batch_norm(reasoner._modules["bn"])
     ):
         return "modules"
     return "whole" if is_plain_batch_norm(bn) else "after norm"
 
 
+def _parameters(
+    bn: Any, sampler: Any, reasoner: Any, modulator: Any
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    try:  # past nn.Module.__getattr__, which is slow
+        s, m, n = sampler._parameters, modulator._parameters, bn and bn._parameters
+        r = reasoner._modules["bn"]._parameters
+        return (
+            (n["weight"], n["bias"]) if n else (None, None),
+            (s["value"], s["query"], s["key"], s["logit"], reasoner._parameters["edge"]),
+            (r["weight"], r["bias"], m["scale_weight"], m["shift_weight"], m["scale_bias"], m["shift_bias"]),
+        )
+    except KeyError:  # kept as plain attributes, as replicas of nn.DataParallel are
+        r, m = reasoner.bn, modulator
+        return (
+            (bn.weight, bn.bias) if bn else (None, None),
+            (sampler.value, sampler.query, sampler.key, sampler.logit, reasoner.edge),
+            (r.weight, r.bias, m.scale_weight, m.shift_weight, m.scale_bias, m.shift_bias),
+        )
+
+
 def run_middle(
     y: Tensor,
-    bn: nn.Module,
-    sampler: ConceptSampler,
-    reasoner: ConceptReasoner,
-    modulator: ConceptModulator,
+    bn: Any,
+    sampler: Any,
+    reasoner: Any,
+    modulator: Any,
     modulation: str,
     backend: str | None,
 ) -> Tensor:
@@ -57,49 +72,39 @@ def run_middle(
     path = fused_path(bn, sampler, reasoner, modulator)
     if path == "modules":
         return _call_modules(bn(y), sampler, reasoner, modulator, modulation)
-    whole = path == "whole"
-    if not whole:
-        y = bn(y)
-    checked = isinstance(y, Tensor) and y.dim() > 2
-    norm, norm_mean, norm_var, norm_weight, norm_bias = "none", None, None, None, None
-    norm_eps: Any = 0.0
-    if whole:
-        if checked:
-            check_dims("y", y, bn)
-            check_rows("y", y.numel() // (y.shape[1] or 1), f"N*S = 1 value per channel, {tuple(y.shape)}", bn)
-        norm, norm_eps = "batch", bn.eps
+    norm, norm_mean, norm_var, norm_eps = "none", None, None, 0.0
+    norm_bn: Any = None
+    state_bn: Any = reasoner._modules["bn"]
+    state_mean = state_var = None
+    if path == "whole":
+        norm_bn, norm = bn, "batch"
+        norm_eps = norm_bn.eps
         if not uses_batch_statistics(bn):
             norm, norm_mean, norm_var = "given", bn._buffers["running_mean"], bn._buffers["running_var"]
-        norm_weight, norm_bias = _parameter(bn, "weight"), _parameter(bn, "bias")
-    state_bn = reasoner.bn
-    state_mean = state_var = None
-    state_batch = uses_batch_statistics(state_bn)
-    if state_batch:
-        if checked:
-            check_rows("y", y.shape[0] * sampler.concepts, f"one image of C = 1 concept, {tuple(y.shape)}", state_bn)
     else:
+        y = bn(y)
+    state_batch = uses_batch_statistics(state_bn)
+    if not state_batch:
         state_mean, state_var = state_bn._buffers["running_mean"], state_bn._buffers["running_var"]
+    # What the fast path of vcr_middle doesn't look at.
+    checked = isinstance(y, Tensor) and y.dim() > 2
+    if checked:
+        if norm_bn is not None:
+            check_dims("y", y, norm_bn)
+        n = y.shape[0]
+        checked = n > 1 or n == 0 or (y.numel() != y.shape[1] and sampler.concepts != 1)
+    norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
     out, batch_mean, batch_var, batch_state_mean, batch_state_var = vcr_middle(
         backend,
         (
             y,
             norm_mean,
             norm_var,
-            norm_weight,
-            norm_bias,
-            _parameter(sampler, "value"),
-            _parameter(sampler, "query"),
-            _parameter(sampler, "key"),
-            _parameter(sampler, "logit"),
-            _parameter(reasoner, "edge"),
+            *norm_parameters,
+            *sample_parameters,
             state_mean,
             state_var,
-            _parameter(state_bn, "weight"),
-            _parameter(state_bn, "bias"),
-            _parameter(modulator, "scale_weight"),
-            _parameter(modulator, "shift_weight"),
-            _parameter(modulator, "scale_bias"),
-            _parameter(modulator, "shift_bias"),
+            *state_parameters,
             norm,
             norm_eps,
             state_bn.eps,
@@ -109,10 +114,13 @@ def run_middle(
         ),
         checked=checked,
     )
+    updates = []
     if norm == "batch":
-        update_running_stats(bn, batch_mean, batch_var, y.shape[0] == 0)
+        updates.append((bn, batch_mean, batch_var))
     if state_batch:
-        update_running_stats(state_bn, batch_state_mean, batch_state_var, y.shape[0] == 0)
+        updates.append((state_bn, batch_state_mean, batch_state_var))
+    if updates:
+        update_running_stats(updates, y.shape[0] == 0)
     return out
 
 
@@ -175,7 +183,8 @@ class VisualConceptReasoning(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """y (N, channels, *spatial); returns the same shape, dtype and memory format."""
-        return run_middle(y, self.bn, self.sampler, self.reasoner, self.modulator, self.modulation, self.backend)
+        m = self._modules  # past nn.Module.__getattr__, which is slow
+        return run_middle(y, m["bn"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)
 
     def extra_repr(self) -> str:
         return f"modulation={self.modulation!r}, backend={self.backend!r}"

@@ -11,7 +11,7 @@ from ..maps import acc_dtype
 from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
-from .batch_norm import check_rows, is_plain_batch_norm, update_running_stats, uses_batch_statistics
+from .batch_norm import is_plain_batch_norm, update_running_stats, uses_batch_statistics
 from .sampler import uniform_projection
 
 
@@ -47,8 +47,6 @@ class ConceptReasoner(nn.Module):
         bn: Any = self.bn
         if not is_plain_batch_norm(bn):
             return self._with_module(h)
-        if h.dim() == 3:
-            check_rows("h", h.shape[0] * h.shape[1], f"N*C = 1 state, {tuple(h.shape)}", bn)
         batch = uses_batch_statistics(bn)
         state, mean, var = concept_reason(
             h,
@@ -62,7 +60,7 @@ class ConceptReasoner(nn.Module):
             backend=self.backend,
         )
         if batch:
-            update_running_stats(bn, mean, var, h.shape[0] == 0)
+            update_running_stats([(bn, mean, var)], h.shape[0] == 0)
         return state
 
     def _with_module(self, h: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ... import checks, flops
 from ...backend import Case, resolve, tracing
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
-from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, present, register, unsaved
+from ..dispatch import OpOverload, call_backward, check_devices, like_parameter, needs_grad, register, unsaved
 from . import composite
 
 _forward: OpOverload = None
@@ -133,20 +133,23 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
         if checked and not compiling:
             checks.check_vcr_middle(*arguments)
         return composite.vcr_middle(*arguments)
-    dtype, training, cast = y.dtype, False, False
+    dtype = y.dtype
     for argument in arguments[1:18]:
-        if argument is not None:
-            if argument.dtype is not dtype and argument.dtype is not torch.float32:
-                checks.check_vcr_middle(*arguments)
-                cast = True  # statistics may have any type
-            training = training or argument.requires_grad
-    if cast:
-        arguments = tuple(_as(acc_dtype(dtype), x) if i in (1, 2, 10, 11) else x for i, x in enumerate(arguments))
+        if argument is not None and argument.dtype is not dtype and argument.dtype is not torch.float32:
+            checks.check_vcr_middle(*arguments)  # only statistics may have any type
+            acc = acc_dtype(dtype)
+            arguments = tuple(_as(acc, x) if i in (1, 2, 10, 11) else x for i, x in enumerate(arguments))
+            break
+    training = torch.is_grad_enabled() and (y.requires_grad or needs_grad(*arguments[1:18]))
+    if compiling:
+        # The op's own autograd formula is traced as it is. What is exported is for inference.
+        return _forward(*arguments, training and not torch.compiler.is_exporting())[:5]
     try:
-        training = (training or y.requires_grad) and torch.is_grad_enabled()
-        if training and not (compiling and torch.compiler.is_exporting()):
-            return _Middle.apply(*arguments)
-        return call(_forward, *arguments, False)[:5]
+        if training:
+            statistics: list[Tensor] = []
+            return _apply(statistics, *arguments), *statistics
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(*arguments, False)[:5]
     except (RuntimeError, ValueError):
         checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
         raise
@@ -157,16 +160,22 @@ def _as(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
 
 
 class _Middle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        out, norm_mean, norm_var, state_mean, state_var, saved = call(_forward, *arguments, True)
-        _keep(ctx, arguments, saved)
-        ctx.mark_non_differentiable(norm_mean, norm_var, state_mean, state_var)
-        return out, norm_mean, norm_var, state_mean, state_var
+    """Puts the batch's statistics into a list, since every further output of a Function costs time."""
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Any, *_: Any) -> Any:
-        return _gradients(ctx, grad_out)
+    def forward(ctx: Any, statistics: list[Tensor], *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *statistics[:], saved = _forward(*arguments, True)
+        _keep(ctx, arguments, saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any) -> Any:
+        return None, *_gradients(ctx, grad_out)
+
+
+# Past Function.apply's Python part, which looks for what torch.func leaves behind; the backend switch has seen to that.
+_apply: Any = super(torch.autograd.Function, _Middle).apply
 
 
 def _keep(ctx: Any, arguments: tuple[Any, ...], saved: Tensor) -> None:
@@ -201,19 +210,19 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         dy,
         None,
         None,
-        present(dnorm_weight, norm_weight),
-        present(dnorm_bias, norm_bias),
+        None if norm_weight is None else dnorm_weight,
+        None if norm_bias is None else dnorm_bias,
         dvalue,
-        present(dquery, query),
-        present(dkey, key),
-        present(dlogit, logit),
-        present(dedge, edge),
+        None if query is None else dquery,
+        None if key is None else dkey,
+        None if logit is None else dlogit,
+        None if edge is None else dedge,
         None,
         None,
-        present(dstate_weight, weight),
-        present(dstate_bias, bias),
-        present(dscale_weight, scale_weight),
-        present(dshift_weight, shift_weight),
+        None if weight is None else dstate_weight,
+        None if bias is None else dstate_bias,
+        None if scale_weight is None else dscale_weight,
+        None if shift_weight is None else dshift_weight,
         dscale_bias,
         dshift_bias,
         *(None,) * 6,
