@@ -175,16 +175,20 @@ class Adapter:
         add()
         elements = min(n for n in (math.prod(x.shape) for x in results[0][2].tensors().values()) if n)
         draws = max(MINIMUM_DRAWS, min(20, math.ceil(100 / elements)))
-        if math.prod(case.shape[:3]) * math.prod(case.shape[3]) > 10_000:
+        large = math.prod(case.shape[:3]) * math.prod(case.shape[3]) > 10_000
+        if large:
             draws = min(draws, 8)
         while len(results) < draws:
             add()
-        # What is a little beyond the limit is looked at closely, before it fails: four times as many draws, less those
-        # that are badly conditioned. One of these outweighs all the others, and is luck again.
-        if case.dtype != "bf16" and 1 < closeness.worst_ratio() < 2:
-            while len(results) < 4 * draws:
+        # What is a little beyond the limit is looked at closely before it fails: more draws, less those that are badly
+        # conditioned. One of these outweighs all the others, and is luck again.
+        moves: list[dict[str, float]] = []
+        for more in (4, 16):
+            if case.dtype == "bf16" or not 1 < closeness.worst_ratio() < 2 or (large and more > 4):
+                break
+            while len(results) < more * draws:
                 add()
-            moves = [self.sensitivity(*self.draw(case, index), case) for index in range(len(results))]
+            moves += [self.sensitivity(*self.draw(case, index), case) for index in range(len(moves), len(results))]
             usual = {name: median(move[name] for move in moves) for name in moves[0]}
             closeness = Closeness(case.feature_dtype, label)
             for result, move in zip(results, moves, strict=True):
