@@ -39,9 +39,7 @@ def block(backend: str = "composite", **options: Any) -> Any:
     return enliven(vcr_ops.VCRBlock(16, 4, groups=3, base_width=80, backend=backend, **options))
 
 
-def feature_map(
-    *shape: int, seed: int = 1, dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> Tensor:
+def feature_map(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
@@ -64,7 +62,9 @@ def results(module: nn.Module, y: Tensor, call: Any = None) -> dict[str, Tensor]
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
     """Each tensor to a tolerance, on the scale of the largest entry of its kind (parameter gradients share one)."""
     assert got.keys() == expected.keys()
-    shared = max((float(x.abs().max()) for name, x in expected.items() if name.startswith("d") and x.numel()), default=1.0)
+    shared = max(
+        (float(x.abs().max()) for name, x in expected.items() if name.startswith("d") and x.numel()), default=1.0
+    )
     for name, x in expected.items():
         assert got[name].dtype == x.dtype, name
         assert got[name].shape == x.shape, name

@@ -67,12 +67,16 @@ def test_context_reaches_modules_and_ops(monkeypatch: pytest.MonkeyPatch) -> Non
         m(y)
         vcr_ops.concept_sample(y, m.sampler.value, sampler="pool")
     for run in (lambda: m(y), lambda: vcr_ops.concept_sample(y, m.sampler.value, sampler="pool")):
-        with pytest.raises(RuntimeError, match=r"backend 'cpp' can't run here .* aren't built .* is missing\); build it with"):
+        with pytest.raises(
+            RuntimeError, match=r"backend 'cpp' can't run here .* aren't built .* is missing\); build it with"
+        ):
             run()
 
 
 def test_named_backend_that_cannot_run_raises() -> None:
-    with pytest.raises(RuntimeError, match="'cpp' can't run here .the keyword backend names it.: .* 'cuda'; use backend="):
+    with pytest.raises(
+        RuntimeError, match="'cpp' can't run here .the keyword backend names it.: .* 'cuda'; use backend="
+    ):
         resolve("cpp", Case("cuda"))
     with pytest.raises(RuntimeError, match="torch.func can't look into the C.. ops; use backend='composite'"):
         resolve("cpp", Case("cpu", "torch.func"))
@@ -83,7 +87,9 @@ def test_library_that_does_not_load(tmp_path: object, monkeypatch: pytest.Monkey
     broken.write_text("no library")
     monkeypatch.setattr(library, "_loaded", False)
     monkeypatch.setattr(library, "PATH", broken)
-    with pytest.raises(RuntimeError, match=f"doesn't load under torch {torch.__version__.split('+')[0]}.* build it with"):
+    with pytest.raises(
+        RuntimeError, match=f"doesn't load under torch {torch.__version__.split('+')[0]}.* build it with"
+    ):
         resolve("auto", CPU)
 
 

@@ -39,7 +39,7 @@ def modulate(backend: str = "composite", **change: Any) -> Any:
         "scale_weight": torch.rand(C, PT, P),
     } | change
     names = ("z", "state", "scale_bias", "shift_bias")
-    return vcr_ops.concept_modulate(*(given.pop(name) for name in names), **given, backend=backend)
+    return vcr_ops.concept_modulate(*[given.pop(name) for name in names], **given, backend=backend)
 
 
 def whole(backend: str = "composite", **change: Any) -> Any:
@@ -53,7 +53,7 @@ def whole(backend: str = "composite", **change: Any) -> Any:
         "edge": torch.rand(PT, C),
     } | change
     names = ("y", "value", "scale_bias", "shift_bias")
-    return vcr_ops.visual_concept_reasoning(*(given.pop(name) for name in names), **given, backend=backend)
+    return vcr_ops.visual_concept_reasoning(*[given.pop(name) for name in names], **given, backend=backend)
 
 
 x = feature_map(2, C * P, *S)
@@ -158,8 +158,8 @@ def refused(m: nn.Module, y: Any, error: type[Exception], message: str) -> None:
 
 MAPS: list[tuple[Any, type[Exception], str]] = [
     (x[0, 0], ValueError, "y has 2 dims"),
-    (x[0], ValueError, "y has 3 dims; BatchNorm2d, its batch norm, takes 4"),
-    (x[..., None], ValueError, "y has 5 dims; BatchNorm2d, its batch norm, takes 4"),
+    (x[0], ValueError, "y has 3 dims; its batch norm is a BatchNorm2d, which takes 4"),
+    (x[..., None], ValueError, "y has 5 dims; its batch norm is a BatchNorm2d, which takes 4"),
     (x.half(), TypeError, "y is float16 on the CPU"),
     (x.int(), TypeError, "y is int32; it takes"),
     (x.to(torch.complex64), TypeError, "y is complex64; it takes"),
@@ -250,7 +250,7 @@ def test_block_and_network_arguments() -> None:
         vcr_ops.vcrnet50(replace_stride_with_dilation=[True])
 
 
-def test_nothing_is_computed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_first() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Calls(TorchDispatchMode):
@@ -260,10 +260,10 @@ def test_nothing_is_computed_first(monkeypatch: pytest.MonkeyPatch) -> None:
             self.names.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    calls = Calls()
+    calls, integers = Calls(), x.int()
     for backend in BACKENDS:
         m = middle(backend)
         calls.names = []
         with calls, pytest.raises(TypeError):
-            m(x.double().bfloat16().double())
-        assert [name for name in calls.names if "_to_copy" not in name] == []
+            m(integers)
+        assert set(calls.names) <= {"vcr_ops.vcr_middle.default"}  # the op that refuses

@@ -4,6 +4,7 @@ A contiguous map is seen as (N, C, p, S) and a channels_last one as (N, S, C, p)
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from torch import Tensor
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that sums, statistics and the small algebra have beside features of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(z: Tensor) -> AbstractContextManager[None]:
+    """A context in which autocast leaves the ops on z's device alone."""
+    device = z.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def positions(z: Tensor) -> int:

@@ -47,9 +47,9 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def is_plain_batch_norm(module: nn.Module) -> bool:
+def is_plain_batch_norm(module: nn.Module | None) -> bool:
     """True for exactly nn.BatchNorm1d, 2d or 3d (a subclass, as SyncBatchNorm, may do more) without hooks."""
-    return type(module) in _DIMS and is_plain(module)
+    return module is not None and type(module) in _DIMS and is_plain(module)
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
@@ -97,10 +97,9 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool)
         torch._foreach_lerp_(running, batch, momentum)
         return
     for kept, new, (momentum, counter) in zip(running, batch, momenta, strict=True):
+        weight = momentum
         if momentum is None:  # the cumulative average
-            weight = new.new_zeros(()) if counter is None else (1 / counter).to(new.dtype)
-        else:
-            weight = momentum
+            weight = new.new_zeros(()) if counter is None else 1 / counter.to(new.dtype)
         if kept.dtype is new.dtype:
             kept.lerp_(new, weight)
         else:

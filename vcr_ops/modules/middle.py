@@ -91,8 +91,8 @@ def run_middle(
     if checked:
         if norm_bn is not None:
             check_dims("y", y, norm_bn)
-        n = y.shape[0]
-        checked = n > 1 or n == 0 or (y.numel() != y.shape[1] and sampler.concepts != 1)
+        n, numel = y.shape[0], y.numel()
+        checked = numel > 0 and (n > 1 or (numel != y.shape[1] and sampler.concepts != 1))
     norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
     out, batch_mean, batch_var, batch_state_mean, batch_state_var = vcr_middle(
         backend,

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import checks
 from ..backend import check_backend
-from ..maps import acc_dtype
+from ..maps import acc_dtype, without_autocast
 from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
@@ -45,7 +46,7 @@ class ConceptReasoner(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """h (N, C, pt) to the updated states, of the same shape."""
         bn: Any = self.bn
-        if not is_plain_batch_norm(bn):
+        if not is_plain_batch_norm(bn) or _has_any_global_hook():
             return self._with_module(h)
         batch = uses_batch_statistics(bn)
         state, mean, var = concept_reason(
@@ -67,7 +68,7 @@ class ConceptReasoner(nn.Module):
         """With a norm that has to be called."""
         checks.check_tensor("h", h)
         n, concepts, pt = h.shape
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h):
             dtype = acc_dtype(h.dtype)
             rows = interact(h.to(dtype), None if self.edge is None else self.edge.to(dtype), self.edges)
             weight = getattr(self.bn, "weight", None)

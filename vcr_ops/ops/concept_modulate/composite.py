@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype, beside_positions, merge_concepts, project, split_concepts
+from ...maps import acc_dtype, beside_positions, merge_concepts, project, split_concepts, without_autocast
 
 
 def modulate(
@@ -59,7 +59,7 @@ def concept_modulate(
     def cast(w: Tensor | None) -> Tensor | None:
         return None if w is None else w.to(dtype)
 
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         x, last = split_concepts(z, scale_bias.shape[0])
         a = None
         if attention is not None:

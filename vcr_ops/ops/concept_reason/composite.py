@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype
+from ...maps import acc_dtype, without_autocast
 
 
 def interact(h: Tensor, edge: Tensor | None, edges: str) -> Tensor:
@@ -27,7 +27,7 @@ def concept_reason(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """relu(BN(H + A H)), with the statistics used: those given, or the batch's, the variance unbiased and detached."""
     dtype = acc_dtype(h.dtype)
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h):
         n, concepts, pt = h.shape
         rows = interact(h.to(dtype), None if edge is None else edge.to(dtype), edges).reshape(-1, pt)
         if mean is not None and var is not None:

@@ -5,7 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype, dot_positions, mean_positions, merge_concepts, project, split_concepts, weigh_positions
+from ...maps import (
+    acc_dtype,
+    dot_positions,
+    mean_positions,
+    merge_concepts,
+    project,
+    split_concepts,
+    weigh_positions,
+    without_autocast,
+)
 
 
 def attend(
@@ -61,7 +70,7 @@ def concept_sample(
     def cast(w: Tensor | None) -> Tensor | None:
         return None if w is None else w.to(dtype)
 
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         x, last = split_concepts(z, concepts)
         h, a = attend(x.to(dtype), last, None, None, value.to(dtype), cast(query), cast(key), cast(logit), sampler)
         if a is None or not need_attention:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype, merge_concepts, split_concepts
+from ...maps import acc_dtype, merge_concepts, split_concepts, without_autocast
 from ..concept_modulate.composite import modulate
 from ..concept_reason.composite import concept_reason
 from ..concept_sample.composite import attend
@@ -42,7 +42,7 @@ def vcr_middle(
     def cast(w: Tensor | None) -> Tensor | None:
         return None if w is None else w.to(dtype)
 
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y):
         x, last = split_concepts(y, C)
         x = x.to(dtype)
         n, count = y.shape[0], y.numel() // y.shape[1]
