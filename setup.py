@@ -146,6 +146,10 @@ def python_includes() -> list[Path]:
     return [*folders, Path(pybind11.get_include())]
 
 
+def strict() -> bool:
+    return os.environ.get("VCR_OPS_CXX_WERROR") == "1"
+
+
 def job_count() -> int:
     asked = os.environ.get("MAX_JOBS")
     if not asked:
@@ -221,7 +225,7 @@ def op_library(csrc: Path, torch: Path) -> Library:
 def info_module(csrc: Path, version: str) -> Library:
     """``_C``."""
     defines = [f'-DVCR_OPS_VERSION="{version}"', f'-DVCR_TORCH_VERSION="{metadata.version("torch")}"']
-    flags = [*include_flags([csrc]), *include_flags(python_includes(), system=True), *defines]
+    flags = ["-O1", *include_flags([csrc]), *include_flags(python_includes(), system=True), *defines]
     link = ["-shared"] if sys.platform == "linux" else ["-shared", "-undefined", "dynamic_lookup"]
     return Library(
         f"_C{sysconfig.get_config_var('EXT_SUFFIX')}",
@@ -237,7 +241,7 @@ def ninja_file(command: list[str], libraries: list[Library]) -> str:
     def shell(words: Iterable[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    compile_words = [*command, *COMPILE_FLAGS, *(WARNING_FLAGS if os.environ.get("VCR_OPS_CXX_WERROR") == "1" else [])]
+    compile_words = [*command, *COMPILE_FLAGS, *(WARNING_FLAGS if strict() else [])]
     compile_extra, link_extra = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
     lines = [
         "ninja_required_version = 1.5",
@@ -277,7 +281,8 @@ class BuildNative(build_ext):
         csrc = root / "csrc"
         libraries = [op_library(csrc, torch_root()), info_module(csrc, self.distribution.get_version())]
         text = ninja_file(compiler(), libraries)
-        folder = root / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        kind = "-strict" if strict() else ""  # apart, so that neither build makes the other start anew
+        folder = root / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / "build.ninja"
         if not plan.is_file() or plan.read_text() != text:
