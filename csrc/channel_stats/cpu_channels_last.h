@@ -5,74 +5,64 @@
 namespace vcr {
 namespace {
 
-constexpr int64_t stats_rows = 64;  // positions swept twice while they are in cache
+// Rows are taken eight at a time into registers, where their mean and squares are exact in the two-sweep way; such blocks are merged by
+// Chan's formula, in float over 256 rows and in double beyond. Within eight rows the sweep goes along the channels, as memory does:
+// rows are often a power of two apart, and a column of them would share one cache set.
+constexpr int64_t together_rows = 8, merged_rows = 256;
 
-// mean, squares: [end - begin]; squares null: the mean alone. Blocks of rows are merged by Chan's formula in order.
+template <int rows, class A, class Fetch>
+VCR_INLINE void merge_rows(A* running_sum, A* running_squares, int64_t before, Fetch fetch) {
+  vec<A> x[rows], sum = zeros<A>(), squares = zeros<A>();
+  unroll<rows>([&](auto R) { x[R] = fetch(R()); });
+  unroll<rows>([&](auto R) { sum += x[R]; });
+  const vec<A> mean = sum * splat(A(1) / A(rows));
+  unroll<rows>([&](auto R) {
+    const vec<A> d = x[R] - mean;
+    squares = fma(d, d, squares);
+  });
+  if (before != 0) {
+    const vec<A> delta = fma(load(running_sum), splat(-A(1) / A(before)), mean);
+    squares = fma(delta * delta, splat(A(double(before) * rows / double(before + rows))), squares) + load(running_squares);
+    sum += load(running_sum);
+  }
+  store(running_sum, sum);
+  store(running_squares, squares);
+}
+
+// Channels [0, count) of one image; mean, squares [count]; squares null: the mean alone.
 template <class T>
-void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t begin, int64_t end, acc_t<T>* mean, acc_t<T>* squares) {
+void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, acc_t<T>* mean, acc_t<T>* squares) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>, group = 64;  // channels swept together: their block of rows fits L1
-  Scratch<double> totals(2 * group);
-  for (int64_t c0 = begin; c0 < end; c0 += group) {
-    const int64_t count = min(group, end - c0);
-    double* sum = totals.get();
-    double* m2 = sum + group;
-    for (int64_t j = 0; j < count; ++j) sum[j] = m2[j] = 0;
-    for (int64_t i = 0; i < S; i += stats_rows) {
-      const int64_t rows = min(stats_rows, S - i);
-      const double merged = double(i) * double(rows) / double(i + rows);
-      for (int64_t j = 0; j < count; j += W) {
-        const int width = int(min(W, count - j));
-        const T* from = y + i * stride + c0 + j;
-        vec<A> a0 = zeros<A>(), a1 = a0, a2 = a0, a3 = a0;
-        const auto sweep = [&](auto fetch) {
-          int64_t r = 0;
-          for (; r + 4 <= rows; r += 4) {
-            for (int k = 0; k < 4; ++k) prefetch(from + (r + k + stats_rows) * stride);
-            a0 += fetch(from + r * stride);
-            a1 += fetch(from + (r + 1) * stride);
-            a2 += fetch(from + (r + 2) * stride);
-            a3 += fetch(from + (r + 3) * stride);
-          }
-          for (; r < rows; ++r) a0 += fetch(from + r * stride);
-          const vec<A> total = (a0 + a1) + (a2 + a3);
-          const vec<A> m = total / splat(A(rows));
-          a0 = a1 = a2 = a3 = zeros<A>();
-          if (squares != nullptr) {
-            for (r = 0; r + 4 <= rows; r += 4) {
-              const vec<A> x0 = fetch(from + r * stride) - m, x1 = fetch(from + (r + 1) * stride) - m;
-              const vec<A> x2 = fetch(from + (r + 2) * stride) - m, x3 = fetch(from + (r + 3) * stride) - m;
-              a0 = fma(x0, x0, a0);
-              a1 = fma(x1, x1, a1);
-              a2 = fma(x2, x2, a2);
-              a3 = fma(x3, x3, a3);
-            }
-            for (; r < rows; ++r) {
-              const vec<A> x = fetch(from + r * stride) - m;
-              a0 = fma(x, x, a0);
-            }
-          }
-          const vec<A> sq = (a0 + a1) + (a2 + a3);
-          alignas(VCR_VECTOR_BYTES) A t[W], q[W];
-          store(t, total);
-          store(q, sq);
-          for (int k = 0; k < width; ++k) {
-            const double block = double(t[k]);
-            const double delta = i ? block / double(rows) - sum[j + k] / double(i) : 0.0;
-            m2[j + k] += double(q[k]) + delta * delta * merged;
-            sum[j + k] += block;
-          }
-        };
-        if (width == W)
-          sweep([](const T* p) { return load(p); });
-        else
-          sweep([width](const T* p) { return load_partial(p, width); });
-      }
-    }
+  constexpr int W = lanes<A>;
+  const int64_t padded = round_up(count, W);
+  Scratch<A> running(2 * padded);
+  Scratch<double> totals(2 * count);
+  A *run_sum = running.get(), *run_squares = run_sum + padded;
+  double *sum = totals.get(), *m2 = sum + count;
+  for (int64_t i = 0; i < S; i += merged_rows) {
+    const int64_t rows = min(merged_rows, S - i);
+    int64_t r = 0;
+    const auto block = [&](auto height) {
+      const T* from = y + (i + r) * stride;
+      for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
+        if (j * sizeof(T) % 64 == 0)
+          for (int k = 0; k < height(); ++k) prefetch(from + (k + height()) * stride + j);
+        merge_rows<height()>(run_sum + j, run_squares + j, r, [&](int k) { return load_some<whole()>(from + k * stride + j, some); });
+      });
+      r += height();
+    };
+    while (r + together_rows <= rows) block(std::integral_constant<int, together_rows>{});
+    while (r < rows) block(std::integral_constant<int, 1>{});
+    const double merged = double(i) * double(rows) / double(i + rows), per_block = 1.0 / double(rows), per_before = i ? 1.0 / double(i) : 0.0;
     for (int64_t j = 0; j < count; ++j) {
-      mean[c0 - begin + j] = A(sum[j] / double(S));
-      if (squares != nullptr) squares[c0 - begin + j] = A(m2[j]);
+      const double block_sum = double(run_sum[j]), before = i ? sum[j] : 0.0, delta = block_sum * per_block - before * per_before;
+      m2[j] = double(run_squares[j]) + (i ? m2[j] + delta * delta * merged : 0.0);
+      sum[j] = before + block_sum;
     }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    mean[j] = A(sum[j] / double(S));
+    if (squares != nullptr) squares[j] = A(m2[j]);
   }
 }
 

@@ -76,5 +76,69 @@ VCR_INLINE void row_stats(const T* y, int64_t S, acc_t<T>& mean, acc_t<T>& squar
   squares = acc_t<T>(m2);
 }
 
+// Short rows cost more in adding up lanes than in reading: as many rows as a vector has lanes are reduced together.
+constexpr int64_t short_row = 512;
+
+// The means of lanes<A> rows, and their centred sums of squares where `squares` is not null.
+template <class T>
+VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, acc_t<T>* mean, acc_t<T>* squares) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  vec<A> sums[W] = {};
+  const int64_t whole = S / W * W;
+  const int tail = int(S - whole);
+  unroll<W>([&](auto J) {
+    const T* from = y + J * row;
+    vec<A> a = zeros<A>(), b = a;
+    int64_t i = 0;
+    for (; i + 2 * W <= whole; i += 2 * W) {
+      a += load(from + i);
+      b += load(from + i + W);
+    }
+    if (i < whole) a += load(from + i);
+    if (tail) b += load_partial(from + whole, tail);
+    sums[J] = a + b;
+  });
+  const vec<A> means = sum_rows<A>(sums) / splat(A(S));
+  store(mean, means);
+  if (squares == nullptr) return;
+  unroll<W>([&](auto J) {
+    const T* from = y + J * row;
+    const vec<A> m = splat(mean[J]);
+    vec<A> a = zeros<A>(), b = a;
+    int64_t i = 0;
+    for (; i + 2 * W <= whole; i += 2 * W) {
+      const vec<A> x0 = load(from + i) - m, x1 = load(from + i + W) - m;
+      a = fma(x0, x0, a);
+      b = fma(x1, x1, b);
+    }
+    if (i < whole) {
+      const vec<A> x = load(from + i) - m;
+      a = fma(x, x, a);
+    }
+    if (tail) {
+      const vec<A> x = keep_first<A>(load_partial(from + whole, tail) - m, tail);
+      b = fma(x, x, b);
+    }
+    sums[J] = a + b;
+  });
+  store(squares, sum_rows<A>(sums));
+}
+
+// Means, and sums of squares where not null, of `count` rows. A row's result doesn't depend on which rows are reduced with it.
+template <class T>
+VCR_INLINE void rows_stats(const T* y, int64_t row, int64_t count, int64_t S, acc_t<T>* mean, acc_t<T>* squares) {
+  constexpr int W = lanes<acc_t<T>>;
+  int64_t j = 0;
+  if (S <= short_row && count % W == 0)
+    for (; j < count; j += W) short_rows_stats(y + j * row, row, S, mean + j, offset(squares, j));
+  for (; j < count; ++j) {
+    if (squares == nullptr)
+      mean[j] = row_mean(y + j * row, S);
+    else
+      row_stats(y + j * row, S, mean[j], squares[j]);
+  }
+}
+
 }  // namespace
 }  // namespace vcr

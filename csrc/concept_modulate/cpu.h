@@ -113,53 +113,73 @@ VCR_INLINE void backward_sums_row(const T* y, const T* d, int64_t S, acc_t<T> mu
   E1 = A(total1);
 }
 
-// The same over channels [0, count) of one channels_last image; mu, a, b, E0, E1 [count].
+// The same over channels [0, count) of one channels_last image; mu, a, b, E0, E1 [count]. Eight rows at a time, along the channels (see
+// channel_stats). A float sum runs over 8 rows, then over 32 such sums, then in double.
 template <class T>
 void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int64_t d_stride, int64_t S, int64_t count, const acc_t<T>* mu,
                         const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>;
-  constexpr int64_t rows = 32, block_rows = 1024;  // a float sum runs over 32 terms, then over 32 such sums, then over those in double
-  Scratch<double> totals(2 * count);
-  for (int64_t j = 0; j < 2 * count; ++j) totals.get()[j] = 0;
-  Scratch<A> partial(2 * round_up(count, W));
-  A *p0 = partial.get(), *p1 = p0 + round_up(count, W);
-  for (int64_t block = 0; block < S; block += block_rows) {
-    const int64_t block_end = min(S, block + block_rows);
-    for (int64_t j = 0; j < 2 * round_up(count, W); ++j) p0[j] = 0;
-    for (int64_t i = block; i < block_end; i += rows) {
-      const int64_t some_rows = min(rows, block_end - i);
+  const int64_t padded = round_up(count, lanes<A>);
+  Scratch<A> running(2 * padded);
+  Scratch<double> totals(2 * padded);
+  A *run0 = running.get(), *run1 = run0 + padded;
+  fill_zero(totals.get(), 2 * padded);
+  for (int64_t i = 0; i < S; i += merged_rows) {
+    const int64_t rows = min(merged_rows, S - i);
+    fill_zero(run0, 2 * padded);
+    int64_t r = 0;
+    const auto block = [&](auto height) {
+      const T *yr = y + (i + r) * y_stride, *dr = d + (i + r) * d_stride;
       for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
+        if (j * sizeof(T) % 64 == 0)
+          for (int k = 0; k < height(); ++k) {
+            prefetch(yr + (k + height()) * y_stride + j);
+            prefetch(dr + (k + height()) * d_stride + j);
+          }
         const vec<A> vmu = load_some<whole()>(mu + j, some), va = load_some<whole()>(a + j, some), vb = load_some<whole()>(b + j, some);
-        vec<A> e0 = zeros<A>(), e1 = e0, f0 = e0, f1 = e0;
-        const T *yr = y + i * y_stride + j, *dr = d + i * d_stride + j;
-        const auto one = [&](int64_t r, vec<A>& s0, vec<A>& s1) {
-          prefetch(yr + (r + rows) * y_stride);
-          prefetch(dr + (r + rows) * d_stride);
-          const vec<A> x = load_some<whole()>(yr + r * y_stride, some) - vmu;
-          const vec<A> e = where_active<A>(fma(va, x, vb), load_some<whole()>(dr + r * d_stride, some));
-          s0 += e;
-          s1 = fma(e, x, s1);
-        };
-        int64_t r = 0;
-        for (; r + 2 <= some_rows; r += 2) {
-          one(r, e0, e1);
-          one(r + 1, f0, f1);
-        }
-        if (r < some_rows) one(r, e0, e1);
-        store(p0 + j, load(p0 + j) + (e0 + f0));
-        store(p1 + j, load(p1 + j) + (e1 + f1));
+        vec<A> e0[2] = {}, e1[2] = {};
+        unroll<height()>([&](auto R) {
+          const vec<A> x = load_some<whole()>(yr + R * y_stride + j, some) - vmu;
+          const vec<A> e = where_active<A>(fma(va, x, vb), load_some<whole()>(dr + R * d_stride + j, some));
+          e0[R % 2] += e;
+          e1[R % 2] = fma(e, x, e1[R % 2]);
+        });
+        store(run0 + j, load(run0 + j) + (e0[0] + e0[1]));
+        store(run1 + j, load(run1 + j) + (e1[0] + e1[1]));
       });
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      totals.get()[j] += double(p0[j]);
-      totals.get()[count + j] += double(p1[j]);
-    }
+      r += height();
+    };
+    while (r + together_rows <= rows) block(std::integral_constant<int, together_rows>{});
+    while (r < rows) block(std::integral_constant<int, 1>{});
+    for (int64_t j = 0; j < 2 * padded; ++j) totals.get()[j] += double(run0[j]);
   }
   for (int64_t j = 0; j < count; ++j) {
     E0[j] = A(totals.get()[j]);
-    E1[j] = A(totals.get()[count + j]);
+    E1[j] = A(totals.get()[padded + j]);
   }
+}
+
+// Short contiguous rows, as many as a vector has lanes: their lanes are added up together (see channel_stats).
+template <class T>
+VCR_INLINE void backward_sums_short_rows(const T* y, int64_t y_row, const T* d, int64_t d_row, int64_t S, const acc_t<T>* mu,
+                                         const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  vec<A> s0[W], s1[W];
+  unroll<W>([&](auto J) {
+    const vec<A> m = splat(mu[J]), va = splat(a[J]), vb = splat(b[J]);
+    vec<A> e0 = zeros<A>(), e1 = e0;
+    for_vectors<A>(S, [&](int64_t i, auto whole, int some) {
+      const vec<A> x = load_some<whole()>(y + J * y_row + i, some) - m;  // past the end grad_out is 0
+      const vec<A> e = where_active<A>(fma(va, x, vb), load_some<whole()>(d + J * d_row + i, some));
+      e0 += e;
+      e1 = fma(e, x, e1);
+    });
+    s0[J] = e0;
+    s1[J] = e1;
+  });
+  store(E0, sum_rows<A>(s0));
+  store(E1, sum_rows<A>(s1));
 }
 
 // Pixel modulation, one block of a tile: adds to E0, E1, F0 = sum M~ e, F1 = sum M~ e yhat (all [p], double) and writes

@@ -59,16 +59,20 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
 // Mean and biased variance of each of the pt columns of g [rows, pt].
 template <class A>
 void state_statistics(int64_t rows, int64_t pt, const A* g, A* mean, A* variance) {
-  for (int64_t k = 0; k < pt; ++k) {
-    double sum = 0, squares = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += double(g[r * pt + k]);
-    const double m = sum / double(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      const double x = double(g[r * pt + k]) - m;
-      squares += x * x;
+  Scratch<double> scratch(2 * pt);
+  double *m = scratch.get(), *squares = m + pt;
+  fill_zero(m, 2 * pt);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) m[k] += double(g[r * pt + k]);
+  for (int64_t k = 0; k < pt; ++k) m[k] /= double(rows);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) {
+      const double x = double(g[r * pt + k]) - m[k];
+      squares[k] += x * x;
     }
-    mean[k] = A(m);
-    variance[k] = A(squares / double(rows));
+  for (int64_t k = 0; k < pt; ++k) {
+    mean[k] = A(m[k]);
+    variance[k] = A(squares[k] / double(rows));
   }
 }
 
@@ -89,21 +93,29 @@ VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const A* 
 template <class A>
 void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* xhat, const A* rstd, const A* weight, A* dstate, A* dweight,
                                A* dbias) {
-  for (int64_t k = 0; k < pt; ++k) {
-    double sum = 0, product = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      sum += double(dstate[r * pt + k]);
-      product += double(dstate[r * pt + k]) * double(xhat[r * pt + k]);
+  Scratch<double> scratch(2 * pt);
+  double *sum = scratch.get(), *product = sum + pt;
+  fill_zero(sum, 2 * pt);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) {
+      sum[k] += double(dstate[r * pt + k]);
+      product[k] += double(dstate[r * pt + k]) * double(xhat[r * pt + k]);
     }
-    dbias[k] = A(sum);
-    dweight[k] = A(product);
-    const A scale = (weight ? weight[k] : A(1)) * rstd[k];
-    const A c0 = batch ? A(sum / double(rows)) : A(0), c1 = batch ? A(product / double(rows)) : A(0);
-    for (int64_t r = 0; r < rows; ++r) dstate[r * pt + k] = scale * (dstate[r * pt + k] - c0 - xhat[r * pt + k] * c1);
+  for (int64_t k = 0; k < pt; ++k) {
+    dbias[k] = A(sum[k]);
+    dweight[k] = A(product[k]);
+    const double share = batch ? 1.0 / double(rows) : 0.0;  // given statistics are constants
+    sum[k] *= share;
+    product[k] *= share;
   }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) {
+      const A scale = (weight ? weight[k] : A(1)) * rstd[k];
+      dstate[r * pt + k] = scale * (dstate[r * pt + k] - A(sum[k]) - xhat[r * pt + k] * A(product[k]));
+    }
 }
 
-VCR_INLINE int64_t reason_backward_scratch(int64_t C, int64_t pt) { return 4 * pt * round_up(C, 16) + 64; }
+VCR_INLINE int64_t reason_backward_scratch(int64_t C, int64_t pt) { return 4 * pt * round_up(C, 16) + 16 * pt + 64; }
 
 // One image: dg [C, pt] -> dh [C, pt], and for dynamic edges this image's share of dWe, [pt, C].
 template <class A>
@@ -115,6 +127,7 @@ void reason_image_backward(int64_t C, int64_t pt, Edges edges, const A* h, const
   const bool dynamic = edges == Edges::dynamic_edges;
   const int64_t row = round_up(C, 16);
   A *ht = scratch, *through = ht + pt * row, *dw = through + pt * row, *we = dw + pt * row;  // all [pt, row], zero past C
+  A* through_scores = we + pt * row;  // [pt, lanes]: dP We^T of row c before its lanes are added up
   for (int64_t i = 0; i < 4 * pt * row; ++i) scratch[i] = 0;
   transpose_states(h, C, pt, row, ht);
   if (dynamic)
@@ -123,6 +136,7 @@ void reason_image_backward(int64_t C, int64_t pt, Edges edges, const A* h, const
   const A* adjacency = dynamic ? a : edge;
   for (int64_t c = 0; c < C; ++c) {
     const A* g = dg + c * pt;
+    fill_zero(through_scores, pt * W);
     for (int64_t d = 0; d < C; d += W) {
       const int some = int(min(W, C - d));
       const vec<A> e = some == W ? load(adjacency + c * C + d) : load_partial(adjacency + c * C + d, some);
@@ -135,9 +149,11 @@ void reason_image_backward(int64_t C, int64_t pt, Edges edges, const A* h, const
       const vec<A> dp = da * (1 - e * e);
       for (int64_t k = 0; k < pt; ++k) {
         store(dw + k * row + d, fma(splat(h[c * pt + k]), dp, load(dw + k * row + d)));
-        dh[c * pt + k] += hsum<A>(dp * load(we + k * row + d));
+        store(through_scores + k * W, fma(dp, load(we + k * row + d), load(through_scores + k * W)));
       }
     }
+    if (dynamic)
+      for (int64_t k = 0; k < pt; ++k) dh[c * pt + k] += hsum<A>(load(through_scores + k * W));
   }
   for (int64_t c = 0; c < C; ++c)
     for (int64_t k = 0; k < pt; ++k) dh[c * pt + k] += through[k * row + c];

@@ -20,57 +20,46 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
                      const A* m, const A* u, const A* r, const A* q, const A* R, const A* K1, const SampleGrads<A>& g, A* dr, A* v,
                      A* constant, A& rdr, A* scratch) {
   const Width<P, PT> size(pr);
-  const int64_t p = size.p(), pt = size.pt();
-  const A inverse_S = A(1) / A(pr.S), scale = A(1) / vcr::sqrt(A(pt));
-  A *drbar = scratch, *dv = drbar + round_up(p, 16), *du = dv + round_up(p, 16), *dz = du + round_up(p, 16), *dq = dz + round_up(p, 16);
+  const int64_t p = size.p();
+  A *x = scratch, *dv = x + round_up(p, 16), *du = dv + round_up(p, 16), *bar = du + round_up(p, 16), *dq = bar + round_up(p, 16);
+  project_back(size, value, dh, x);  // drbar
   double dot = 0;
   for (int64_t j = 0; j < p; ++j) {
-    const A rbar = a.s[j] * r[j] + a.b[j];
-    A x = 0;
-    for (int64_t k = 0; k < pt; ++k) {
-      x += value[j * pt + k] * dh[k];
-      g.value[j * pt + k] += rbar * dh[k];
-    }
-    drbar[j] = x;
-    dr[j] = a.s[j] * x;
+    bar[j] = a.s[j] * r[j] + a.b[j];
+    dr[j] = a.s[j] * x[j];
     v[j] = a.s[j] * u[j];
     constant[j] = 0;
-    dot += double(r[j]) * double(dr[j]);
-    g.ds[j] += r[j] * x;
-    g.db[j] += x;
+    g.ds[j] += r[j] * x[j];
+    g.db[j] += x[j];
   }
+  for (int64_t j = 0; j < p; ++j) dot += double(r[j]) * double(dr[j]);
   rdr = A(dot);
+  add_outer(size, bar, dh, g.value);
   if (sampler == Sampler::pool) return;
+  project_back(size, R, dh, dv);
+  if (K1 != nullptr)
+    for (int64_t j = 0; j < p; ++j) dv[j] += K1[j];
   for (int64_t j = 0; j < p; ++j) {
-    A x = K1 == nullptr ? A(0) : K1[j];
-    for (int64_t k = 0; k < pt; ++k) x += R[j * pt + k] * dh[k];
-    dv[j] = x;
-    du[j] = a.s[j] * x;
-    g.ds[j] += u[j] * x;
+    du[j] = a.s[j] * dv[j];
+    g.ds[j] += u[j] * dv[j];
   }
   if (sampler == Sampler::static_query) {
     for (int64_t j = 0; j < p; ++j) g.logit[j] += du[j];
     return;
   }
-  for (int64_t k = 0; k < pt; ++k) dq[k] = 0;
+  const A inverse_S = A(1) / A(pr.S), scale = A(1) / vcr::sqrt(A(size.pt()));
+  for (int64_t j = 0; j < p; ++j) du[j] *= scale;
+  project(size, du, key, dq);
+  add_outer(size, du, q, g.key);
+  project_back(size, query, dq, x);  // dzbar
   for (int64_t j = 0; j < p; ++j) {
-    const A x = du[j] * scale;
-    for (int64_t k = 0; k < pt; ++k) {
-      dq[k] += key[j * pt + k] * x;
-      g.key[j * pt + k] += x * q[k];
-    }
+    const A centred = m[j] - a.mu[j];
+    bar[j] = a.s[j] * centred + a.b[j];
+    constant[j] = a.s[j] * x[j] * inverse_S;
+    g.ds[j] += centred * x[j];
+    g.db[j] += x[j];
   }
-  for (int64_t j = 0; j < p; ++j) {
-    const A centred = m[j] - a.mu[j], zbar = a.s[j] * centred + a.b[j];
-    A x = 0;
-    for (int64_t k = 0; k < pt; ++k) {
-      x += query[j * pt + k] * dq[k];
-      g.query[j * pt + k] += zbar * dq[k];
-    }
-    constant[j] = a.s[j] * x * inverse_S;
-    g.ds[j] += centred * x;
-    g.db[j] += x;
-  }
+  add_outer(size, bar, dq, g.query);
 }
 
 }  // namespace

@@ -13,8 +13,7 @@ template <int P, int PT, class A, class AnyTile>
 void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view, const SampleWeights<A>& w, const SampleState<A>& to,
                     bool means, bool count_ties, int64_t n, int64_t c, AnyTile tile, A* attention, A* scratch) {
   const int64_t at = n * pr.channels() + c * pr.p, k = (n * pr.C + c) * pr.pt, weights = c * pr.p * pr.pt;
-  if (means)
-    for (int64_t j = 0; j < pr.p; ++j) to.m[at + j] = row_mean(tile.data + j * tile.row, pr.S);
+  if (means) rows_stats(tile.data, tile.row, pr.p, pr.S, to.m + at, static_cast<A*>(nullptr));
   A *v = scratch, *r = to.r + at, *e = scratch + round_up(pr.p, 16);
   const SampleArgs<A> a = view.concept_args(pr, n, c, v);
   sample_prologue<P, PT>(pr, sampler, a, to.m + at, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), to.q + k,
@@ -25,7 +24,7 @@ void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view,
     to.softmax[n * pr.C + c] =
         sample_tile<P, PT>(pr, tile, a, w.value + weights, count_ties, e, r, to.R ? to.R + at * pr.pt : nullptr);
   }
-  sample_epilogue<P, PT>(pr, a, r, w.value + weights, to.h + k);
+  sample_epilogue<P, PT>(pr, a, r, w.value + weights, to.h + k, v);
   if (attention != nullptr) {
     const bool pool = sampler == Sampler::pool;
     const A scale = A(1) / (pool ? A(pr.S) : to.softmax[n * pr.C + c].sum);

@@ -75,11 +75,11 @@ struct SampleBackwardCpu {
       }
     });
     const bool contiguous = f.z.layout() == Layout::contiguous;
-    for_groups(input_grad_scratch() + per_group * pr.p * grad_block, [&](int64_t n, int64_t c0, int64_t c1, A* scratch, A*) {
+    for_groups(input_grad_scratch() + per_group * pr.p * grad_row, [&](int64_t n, int64_t c0, int64_t c1, A* scratch, A*) {
       A* block = scratch + input_grad_scratch();
-      for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
-        const int64_t count = min(grad_block, pr.S - begin);
-        if (!contiguous) gather(f.z.at(n, c0 * pr.p, begin), f.z.position, count, (c1 - c0) * pr.p, block, grad_block);
+      for (int64_t begin = 0, step = block_of(f.z); begin < pr.S; begin += step) {
+        const int64_t count = min(step, pr.S - begin);
+        if (!contiguous) gather(f.z.at(n, c0 * pr.p, begin), f.z.position, count, (c1 - c0) * pr.p, block, grad_row);
         for (int64_t c = c0; c < c1; ++c) {
           const int64_t at = n * CP + c * pr.p, i = n * pr.C + c;
           const ModulateArgs<A> unmodulated{state.m + at, nullptr, nullptr, nullptr, nullptr};
@@ -90,12 +90,12 @@ struct SampleBackwardCpu {
             input_grad_block<P, false, false>(Tile<T>{f.z.at(n, c * pr.p, begin), f.z.channel}, none, f.dz.at(n, c * pr.p, begin),
                                               f.dz.channel, begin, count, pr.S, pr.p, g, scratch);
           } else {
-            A* tile = block + (c - c0) * pr.p * grad_block;
-            input_grad_block<P, false, false>(Tile<A>{tile, grad_block}, Tile<A>{nullptr, 0}, tile, grad_block, begin, count, pr.S, pr.p, g,
+            A* tile = block + (c - c0) * pr.p * grad_row;
+            input_grad_block<P, false, false>(Tile<A>{tile, grad_row}, Tile<A>{nullptr, 0}, tile, grad_row, begin, count, pr.S, pr.p, g,
                                               scratch);
           }
         }
-        if (!contiguous) scatter(block, grad_block, count, (c1 - c0) * pr.p, f.dz.at(n, c0 * pr.p, begin), f.dz.position);
+        if (!contiguous) scatter(block, grad_row, count, (c1 - c0) * pr.p, f.dz.at(n, c0 * pr.p, begin), f.dz.position);
       }
     });
   }

@@ -17,38 +17,85 @@ struct Width {
   __attribute__((always_inline)) int64_t pt() const { return constant(PT, pt_); }
 };
 
+// Whether (p, pt) products can go by four states at a time, which every level has registers for.
+template <class A, int P, int PT>
+inline constexpr bool by_quads = sizeof(A) == 4 && P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0;
+
+// out[j] = sum_k w[j, k] x[k]
+template <int P, int PT, class A>
+VCR_INLINE void project_back(const Width<P, PT>& size, const A* w, const A* x, A* out) {
+  if constexpr (by_quads<A, P, PT>) {
+    quad xs[PT / 4];
+    unroll<PT / 4>([&](auto K) { xs[K] = load_quad(x + 4 * K); });
+    for (int j = 0; j < P; j += 4) {
+      quad rows[4];
+      unroll<4>([&](auto J) {
+        rows[J] = load_quad(w + (j + J) * PT) * xs[0];
+        unroll<PT / 4 - 1>([&](auto K) { rows[J] = fma(load_quad(w + (j + J) * PT + 4 * (K + 1)), xs[K + 1], rows[J]); });
+      });
+      store_quad(out + j, sum_quads(rows));
+    }
+  } else {
+    for (int64_t j = 0; j < size.p(); ++j) {
+      A sum = 0;
+      for (int64_t k = 0; k < size.pt(); ++k) sum += w[j * size.pt() + k] * x[k];
+      out[j] = sum;
+    }
+  }
+}
+// out[k] = sum_j x[j] w[j, k]
+template <int P, int PT, class A>
+VCR_INLINE void project(const Width<P, PT>& size, const A* x, const A* w, A* out) {
+  if constexpr (by_quads<A, P, PT>) {
+    quad acc[4][PT / 4] = {};  // four chains
+    for (int j = 0; j < P; j += 4)
+      unroll<4>([&](auto J) {
+        unroll<PT / 4>([&](auto K) { acc[J][K] = fma(splat_quad(x[j + J]), load_quad(w + (j + J) * PT + 4 * K), acc[J][K]); });
+      });
+    unroll<PT / 4>([&](auto K) { store_quad(out + 4 * K, (acc[0][K] + acc[1][K]) + (acc[2][K] + acc[3][K])); });
+  } else {
+    for (int64_t k = 0; k < size.pt(); ++k) out[k] = 0;
+    for (int64_t j = 0; j < size.p(); ++j)
+      for (int64_t k = 0; k < size.pt(); ++k) out[k] += x[j] * w[j * size.pt() + k];
+  }
+}
+// w[j, k] += x[j] y[k]
+template <int P, int PT, class A>
+VCR_INLINE void add_outer(const Width<P, PT>& size, const A* x, const A* y, A* w) {
+  if constexpr (by_quads<A, P, PT>) {
+    quad ys[PT / 4];
+    unroll<PT / 4>([&](auto K) { ys[K] = load_quad(y + 4 * K); });
+    for (int j = 0; j < P; ++j)
+      unroll<PT / 4>([&](auto K) { store_quad(w + j * PT + 4 * K, fma(splat_quad(x[j]), ys[K], load_quad(w + j * PT + 4 * K))); });
+  } else {
+    for (int64_t j = 0; j < size.p(); ++j)
+      for (int64_t k = 0; k < size.pt(); ++k) w[j * size.pt() + k] += x[j] * y[k];
+  }
+}
+
 // zbar = s * (m - mu) + b, q = zbar Wq, u = Wk q / sqrt(pt); static: u is the learned vector. Writes q [pt], u [p], v = s * u [p].
 template <int P, int PT, class A>
 VCR_INLINE void sample_prologue(const Problem& pr, Sampler sampler, const SampleArgs<A>& a, const A* m, const A* query, const A* key,
                                 const A* logit, A* q, A* u, A* v) {
-  const Width<P, PT> w(pr);
+  const Width<P, PT> size(pr);
   if (sampler == Sampler::dynamic_query) {
-    for (int64_t k = 0; k < w.pt(); ++k) q[k] = 0;
-    for (int64_t j = 0; j < w.p(); ++j) {
-      const A z = a.s[j] * (m[j] - a.mu[j]) + a.b[j];
-      for (int64_t k = 0; k < w.pt(); ++k) q[k] += z * query[j * w.pt() + k];
-    }
-    const A scale = A(1) / vcr::sqrt(A(w.pt()));
-    for (int64_t j = 0; j < w.p(); ++j) {
-      A x = 0;
-      for (int64_t k = 0; k < w.pt(); ++k) x += key[j * w.pt() + k] * q[k];
-      u[j] = x * scale;
-    }
+    for (int64_t j = 0; j < size.p(); ++j) v[j] = a.s[j] * (m[j] - a.mu[j]) + a.b[j];
+    project(size, v, query, q);
+    project_back(size, key, q, u);
+    const A scale = A(1) / vcr::sqrt(A(size.pt()));
+    for (int64_t j = 0; j < size.p(); ++j) u[j] *= scale;
   } else {
-    for (int64_t j = 0; j < w.p(); ++j) u[j] = sampler == Sampler::static_query ? logit[j] : A(0);
+    for (int64_t j = 0; j < size.p(); ++j) u[j] = sampler == Sampler::static_query ? logit[j] : A(0);
   }
-  for (int64_t j = 0; j < w.p(); ++j) v[j] = a.s[j] * u[j];
+  for (int64_t j = 0; j < size.p(); ++j) v[j] = a.s[j] * u[j];
 }
 
-// h = (s * r + b) Wv, r the centred weighted mean.
+// h = (s * r + b) Wv, r the centred weighted mean. scratch [p].
 template <int P, int PT, class A>
-VCR_INLINE void sample_epilogue(const Problem& pr, const SampleArgs<A>& a, const A* r, const A* value, A* h) {
-  const Width<P, PT> w(pr);
-  for (int64_t k = 0; k < w.pt(); ++k) h[k] = 0;
-  for (int64_t j = 0; j < w.p(); ++j) {
-    const A z = a.s[j] * r[j] + a.b[j];
-    for (int64_t k = 0; k < w.pt(); ++k) h[k] += z * value[j * w.pt() + k];
-  }
+VCR_INLINE void sample_epilogue(const Problem& pr, const SampleArgs<A>& a, const A* r, const A* value, A* h, A* scratch) {
+  const Width<P, PT> size(pr);
+  for (int64_t j = 0; j < size.p(); ++j) scratch[j] = a.s[j] * r[j] + a.b[j];
+  project(size, scratch, value, h);
 }
 
 }  // namespace

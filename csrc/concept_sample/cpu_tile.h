@@ -165,7 +165,7 @@ VCR_INLINE void add_projected_moment(Tile<T> y, int64_t begin, int64_t count, co
   constexpr int W = lanes<A>;
   constexpr bool fixed = P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0 && sizeof(A) == 4;
   const Width<P, PT> size(pr);
-  const int64_t p = size.p(), pt = size.pt(), row = sample_block;
+  const int64_t p = size.p(), pt = size.pt(), row = padded_row(min(pr.S, sample_block));
   constexpr int KB = fixed ? PT : 1;
   for (int64_t k0 = 0; k0 < pt; k0 += KB) {
     vec<A> total[KB] = {};
@@ -223,9 +223,75 @@ VCR_INLINE void add_projected_moment(Tile<T> y, int64_t begin, int64_t count, co
   }
 }
 
+// States as wide as vectors: lanes go over k, so that no sum has lanes to add up. Same result as add_projected_moment, by blocks of
+// `state_block` positions whose centred tile stays in L1.
+template <class A, int P, int PT>
+inline constexpr bool states_in_lanes = sizeof(A) == 4 && P > 0 && P % 8 == 0 && !full_covariance<P> && PT > 0 && PT % lanes<A> == 0;
+constexpr int64_t state_block = 128;
+
+template <int P, int PT, class T>
+VCR_INLINE void add_moment_by_states(Tile<T> y, int64_t begin, int64_t count, const acc_t<T>* mu, const acc_t<T>* w, const acc_t<T>* e,
+                                     acc_t<T>* scratch, acc_t<T>* G, acc_t<T>* r, acc_t<T>* moment) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>, KV = PT / W;
+  const int64_t row = padded_row(state_block);
+  A *centred = scratch, *projected = scratch + P * row;  // [P, row], [positions, PT]
+  for (int64_t block = 0; block < count; block += state_block) {
+    const int64_t some = min(state_block, count - block), padded = round_up(some, W);
+    const A* weight = e + block;
+    for (int j = 0; j < P; ++j) {
+      const T* from = y.data + j * y.row + begin + block;
+      const vec<A> m = splat(mu[j]);
+      for_vectors<A>(some, [&](int64_t i, auto whole, int rest) { store(centred + j * row + i, load_some<whole()>(from + i, rest) - m); });
+    }
+    const Tile<A> tile{centred, row};
+    alignas(64) A zero[P] = {};
+    add_first_moment<P>(tile, 0, padded, P, zero, weight, r);  // past the end the weight is 0
+    vec<A> total[KV] = {};
+    int64_t i = 0;
+    const auto project = [&](auto positions) {
+      constexpr int N = positions();
+      vec<A> g[N][KV] = {};
+      for (int j = 0; j < P; ++j)
+        unroll<KV>([&](auto K) {
+          const vec<A> wk = load(w + j * PT + K * W);
+          unroll<N>([&](auto I) { g[I][K] = fma(splat(centred[j * row + i + I]), wk, g[I][K]); });
+        });
+      unroll<N>([&](auto I) {
+        unroll<KV>([&](auto K) {
+          const vec<A> x = g[I][K] * splat(weight[i + I]);
+          total[K] += x;
+          store(projected + (i + I) * PT + K * W, x);
+        });
+      });
+      i += N;
+    };
+    while (i + 8 / KV <= some) project(std::integral_constant<int, 8 / KV>{});
+    while (i < some) project(std::integral_constant<int, 1>{});
+    unroll<KV>([&](auto K) { store(G + K * W, load(G + K * W) + total[K]); });
+    constexpr int JB = 8 / KV;
+    for (int j0 = 0; j0 < P; j0 += JB) {
+      vec<A> acc[JB][KV] = {};
+      const A* from = centred + j0 * row;
+      for (int64_t at = 0; at < some; ++at)
+        unroll<KV>([&](auto K) {
+          const vec<A> x = load(projected + at * PT + K * W);
+          unroll<JB>([&](auto J) { acc[J][K] = fma(splat(from[J * row + at]), x, acc[J][K]); });
+        });
+      unroll<JB>([&](auto J) {
+        unroll<KV>([&](auto K) {
+          A* to = moment + (j0 + J) * PT + K * W;
+          store(to, load(to) + acc[J][K]);
+        });
+      });
+    }
+  }
+}
+
 // Elements of scratch that sample_tile needs.
 VCR_INLINE int64_t sample_scratch(const Problem& pr) {
-  return round_up(pr.S, 16) + pr.pt * sample_block + pr.p * pr.pt + pr.p * max(pr.p, pr.pt) + pr.pt + 64;
+  const int64_t projected = max(pr.pt * padded_row(min(pr.S, sample_block)), pr.p * padded_row(state_block) + pr.pt * state_block);
+  return round_up(pr.S, 16) + projected + pr.p * pr.pt + pr.p * max(pr.p, pr.pt) + pr.pt + 64;
 }
 
 // Returns the softmax; writes r [p] and, where R is not null, R [p, pt]. On return scratch begins with exp(logit - maximum) of every position.
@@ -241,7 +307,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   const A inverse = A(1) / softmax.sum;
   for (int64_t j = 0; j < p; ++j) r[j] = 0;
   A* projected = e + round_up(S, 16);
-  A* w = projected + pt * sample_block;
+  A* w = projected + max(pt * padded_row(min(S, sample_block)), p * padded_row(state_block) + pt * state_block);
   A* moment = w + p * pt;
   A* G = moment + p * max(p, pt);
   if (R == nullptr) {
@@ -269,8 +335,12 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   } else {
     for (int64_t j = 0; j < p * pt; ++j) moment[j] = 0;
     for (int64_t k = 0; k < pt; ++k) G[k] = 0;
-    for (int64_t i = 0; i < S; i += sample_block)
-      add_projected_moment<P, PT>(y, i, min(sample_block, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+    for (int64_t i = 0; i < S; i += sample_block) {
+      if constexpr (states_in_lanes<A, P, PT>)
+        add_moment_by_states<P, PT>(y, i, min(sample_block, S - i), a.mu, w, e + i, projected, G, r, moment);
+      else
+        add_projected_moment<P, PT>(y, i, min(sample_block, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+    }
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     for (int64_t j = 0; j < p; ++j)
       for (int64_t k = 0; k < pt; ++k) R[j * pt + k] = moment[j * pt + k] * inverse - r[j] * (G[k] * inverse);

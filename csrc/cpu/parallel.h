@@ -54,6 +54,8 @@ VCR_INLINE void fill_zero(A* to, int64_t count) {
 VCR_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 VCR_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 VCR_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+// Elements from one row of scratch to the next: an odd number of 64-byte lines, so that a column doesn't fall into one cache set.
+VCR_INLINE int64_t padded_row(int64_t count) { return ((count + 15) / 16 | 1) * 16; }
 
 }  // namespace
 }  // namespace vcr

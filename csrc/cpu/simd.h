@@ -49,9 +49,13 @@ using mask_t = typename vector_of<A>::mask;
 template <class A>
 inline constexpr int lanes = VCR_VECTOR_BYTES / int(sizeof(A));
 
+template <class A, int... I>
+VCR_INLINE vec<A> splat_impl(A x, std::integer_sequence<int, I...>) {
+  return vec<A>{(static_cast<void>(I), x)...};  // one broadcast; 0 + x would be an addition
+}
 template <class A>
 VCR_INLINE vec<A> splat(A x) {
-  return vec<A>{} + x;
+  return splat_impl<A>(x, std::make_integer_sequence<int, lanes<A>>{});
 }
 template <class A>
 VCR_INLINE vec<A> zeros() {
@@ -162,7 +166,22 @@ VCR_INLINE void store_partial(T* to, vec<acc_t<T>> x, int count) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1u), x);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps((float*)to, tail_mask(count), x);
+  if constexpr (sizeof(T) == 4) {  // a masked store is microcoded on some AMD cores
+    float* at = (float*)to;
+    __m128 rest = _mm256_castps256_ps128(x);
+    if (count & 4) {
+      _mm_storeu_ps(at, rest);
+      rest = _mm256_extractf128_ps(x, 1);
+      at += 4;
+    }
+    if (count & 2) {
+      _mm_storel_pi((__m64*)at, rest);
+      rest = _mm_movehl_ps(rest, rest);
+      at += 2;
+    }
+    if (count & 1) _mm_store_ss(at, rest);
+    return;
+  }
 #endif
   alignas(VCR_VECTOR_BYTES) acc_t<T> y[lanes<acc_t<T>>];
   store(y, x);
@@ -249,6 +268,31 @@ VCR_INLINE vec<float> pair_impl(vec<float> a, vec<float> b, std::integer_sequenc
 template <int kind>
 VCR_INLINE vec<float> pair(vec<float> a, vec<float> b) {
   return pair_impl<kind>(a, b, std::make_integer_sequence<int, lanes<float>>{});
+}
+
+// Lane 4 l + i of the result is the sum of the four lanes 4 l .. 4 l + 3 of rows[i]: four rows, summed within 128-bit lanes.
+VCR_INLINE vec<float> sum_within_quads(const vec<float>* rows) {
+  const vec<float> x = pair<0>(rows[0], rows[1]) + pair<1>(rows[0], rows[1]);
+  const vec<float> y = pair<0>(rows[2], rows[3]) + pair<1>(rows[2], rows[3]);
+  return pair<2>(x, y) + pair<3>(x, y);
+}
+template <int bit, int... I>
+VCR_INLINE vec<float> exchange_impl(vec<float> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I ^ bit)...);
+}
+// Lane i gets lane i ^ bit.
+template <int bit>
+VCR_INLINE vec<float> exchange(vec<float> x) {
+  return exchange_impl<bit>(x, std::make_integer_sequence<int, lanes<float>>{});
+}
+template <int k, int... I>
+VCR_INLINE vec<float> broadcast_in_quads_impl(vec<float> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I / 4 * 4 + k)...);
+}
+// Lane k of each 128-bit lane, in all four of it.
+template <int k>
+VCR_INLINE vec<float> broadcast_in_quads(vec<float> x) {
+  return broadcast_in_quads_impl<k>(x, std::make_integer_sequence<int, lanes<float>>{});
 }
 
 // Lane i of the result is the sum of rows[i]; lanes<A> rows.
@@ -351,6 +395,32 @@ VCR_INLINE vec<double> tanh(vec<double> x) {
 }
 VCR_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 VCR_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+
+// ---- four floats, which every level has: the small algebra's states are 4 or 8 wide
+
+typedef float quad __attribute__((vector_size(16)));
+VCR_INLINE quad load_quad(const float* from) {
+  quad x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+VCR_INLINE void store_quad(float* to, quad x) { __builtin_memcpy(to, &x, sizeof x); }
+VCR_INLINE quad splat_quad(float x) { return quad{x, x, x, x}; }
+#if VCR_VECTOR_BYTES != 16  // otherwise a quad is a vec<float>, which has its fma
+VCR_INLINE quad fma(quad a, quad b, quad c) {
+#if defined(__FMA__)
+  return _mm_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+#endif
+// Lane i of the result is the sum of rows[i].
+VCR_INLINE quad sum_quads(const quad* rows) {
+  const quad x = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5) + __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const quad y = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5) + __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  return __builtin_shufflevector(x, y, 0, 1, 4, 5) + __builtin_shufflevector(x, y, 2, 3, 6, 7);
+}
 
 template <int... I, class F>
 VCR_INLINE void unroll_impl(std::integer_sequence<int, I...>, F f) {

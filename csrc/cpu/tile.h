@@ -94,20 +94,20 @@ VCR_INLINE vec<A> only(vec<A> x, int count) {
     return keep_first<A>(x, count);
 }
 
-// f(c, tile) for concepts [c0, c1) of image n; buffer holds (c1 - c0) * p rows of round_up(S, 16).
+// f(c, tile) for concepts [c0, c1) of image n; buffer holds (c1 - c0) * p rows of padded_row(S).
 template <class T, class F>
 VCR_INLINE void visit_tiles(const Problem& pr, const Map<const T>& y, int64_t n, int64_t c0, int64_t c1, acc_t<T>* buffer, F f) {
   if (y.layout() == Layout::contiguous) {
     for (int64_t c = c0; c < c1; ++c) f(c, Tile<T>{y.at(n, c * pr.p, 0), y.channel});
   } else {
-    const int64_t row = round_up(pr.S, 16);
+    const int64_t row = padded_row(pr.S);
     gather(y.at(n, c0 * pr.p, 0), y.position, pr.S, (c1 - c0) * pr.p, buffer, row);
     for (int64_t c = c0; c < c1; ++c) f(c, Tile<acc_t<T>>{buffer + (c - c0) * pr.p * row, row});
   }
 }
 template <class T>
 VCR_INLINE int64_t visit_scratch(const Problem& pr, const Map<const T>& y) {
-  return y.layout() == Layout::contiguous ? 0 : concepts_per_gather(pr) * pr.p * round_up(pr.S, 16);
+  return y.layout() == Layout::contiguous ? 0 : concepts_per_gather(pr) * pr.p * padded_row(pr.S);
 }
 
 }  // namespace

@@ -64,31 +64,38 @@ struct MiddleBackwardCpu {
     for (int64_t j = 0; j < pr.p; ++j) v[at + j] = a.s[j] * saved.u[at + j];
   }
 
-  // visit(c, y tile, grad_out tile) over positions [begin, begin + count) of concepts [c0, c1); buffer: two sets of rows grad_block apart.
+  // visit(c, y tile, grad_out tile) over positions [begin, begin + count) of concepts [c0, c1); buffer: two sets of rows grad_row apart.
   template <class F>
   void for_block(int64_t n, int64_t c0, int64_t c1, int64_t begin, int64_t count, A* buffer, F visit) const {
     if (f.y.layout() == Layout::contiguous) {
       for (int64_t c = c0; c < c1; ++c)
         visit(c, Tile<T>{f.y.at(n, c * pr.p, begin), f.y.channel}, Tile<T>{f.grad_out.at(n, c * pr.p, begin), f.grad_out.channel});
     } else {
-      A* other = buffer + per_group * pr.p * grad_block;
-      gather(f.y.at(n, c0 * pr.p, begin), f.y.position, count, (c1 - c0) * pr.p, buffer, grad_block);
-      gather(f.grad_out.at(n, c0 * pr.p, begin), f.grad_out.position, count, (c1 - c0) * pr.p, other, grad_block);
+      A* other = buffer + per_group * pr.p * grad_row;
+      gather(f.y.at(n, c0 * pr.p, begin), f.y.position, count, (c1 - c0) * pr.p, buffer, grad_row);
+      gather(f.grad_out.at(n, c0 * pr.p, begin), f.grad_out.position, count, (c1 - c0) * pr.p, other, grad_row);
       for (int64_t c = c0; c < c1; ++c) {
-        const int64_t at = (c - c0) * pr.p * grad_block;
-        visit(c, Tile<A>{buffer + at, grad_block}, Tile<A>{other + at, grad_block});
+        const int64_t at = (c - c0) * pr.p * grad_row;
+        visit(c, Tile<A>{buffer + at, grad_row}, Tile<A>{other + at, grad_row});
       }
     }
   }
-  int64_t block_memory() const { return 2 * per_group * pr.p * grad_block; }
+  int64_t block_memory() const { return 2 * per_group * pr.p * grad_row; }
 
   // Pass 1, channel modulation.
   void sums() const {
     if (f.y.layout() == Layout::contiguous) {
-      for_each(f.pool, pr.N * CP, [&](int64_t i) {
-        const int64_t n = i / CP, j = i % CP;
+      constexpr int W = lanes<A>;
+      for_each(f.pool, NC, [&](int64_t i) {
+        const int64_t n = i / pr.C, first = i % pr.C * pr.p, at = n * CP;
         const ModulateArgs<A> m = modulate_args(n, 0);
-        backward_sums_row(f.y.at(n, j, 0), f.grad_out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j], E0[i], E1[i]);
+        int64_t j = first;
+        if (pr.S <= short_row && pr.p % W == 0)
+          for (; j < first + pr.p; j += W)
+            backward_sums_short_rows(f.y.at(n, j, 0), f.y.channel, f.grad_out.at(n, j, 0), f.grad_out.channel, pr.S, m.mu + j, m.A0 + j,
+                                     m.B0 + j, E0 + at + j, E1 + at + j);
+        for (; j < first + pr.p; ++j)
+          backward_sums_row(f.y.at(n, j, 0), f.grad_out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j], E0[at + j], E1[at + j]);
       });
     } else {
       // an image is divided only as far as its shape asks, never by the number of threads
@@ -108,8 +115,8 @@ struct MiddleBackwardCpu {
     double *e0 = totals, *e1 = e0 + stride, *f0 = e1 + stride, *f1 = f0 + stride, *k1 = f1 + stride, *top_mean = k1 + stride,
            *k0 = top_mean + stride;
     for (int64_t j = 0; j < 7 * stride; ++j) totals[j] = 0;
-    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
-      const int64_t count = min(grad_block, pr.S - begin);
+    for (int64_t begin = 0, step = block_of(f.y); begin < pr.S; begin += step) {
+      const int64_t count = min(step, pr.S - begin);
       for_block(n, c0, c1, begin, count, buffer, [&](int64_t c, auto y, auto d) {
         const int64_t at = (c - c0) * pr.p;
         const ModulateArgs<A> m = modulate_args(n, c);
@@ -147,11 +154,11 @@ struct MiddleBackwardCpu {
   void pixel_sums() const {
     for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
       Scratch<double> totals(7 * per_group * pr.p);
-      Scratch<A> scratch(2 * grad_block + block_memory());
+      Scratch<A> scratch(2 * in_place_block + block_memory());
       A* at = scratch.get();
       for (int64_t i = begin; i < end; ++i)
-        pixel_sums_group(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), totals.get(), at, at + grad_block,
-                         at + 2 * grad_block);
+        pixel_sums_group(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), totals.get(), at, at + in_place_block,
+                         at + 2 * in_place_block);
     });
   }
 
@@ -203,15 +210,16 @@ struct MiddleBackwardCpu {
     if (o.norm != Norm::batch) return;
     for (int64_t j = c * p; j < (c + 1) * p; ++j) {
       c1[j] = -saved.s[j] * saved.rstd[j] * saved.rstd[j] * ds[j] / count;
-      const A c0 = -saved.s[j] * db[j] / count;
-      for (int64_t n = 0; n < pr.N; ++n) constant[n * CP + j] += c0;
+      db[j] *= -saved.s[j] / count;  // c0
     }
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = c * p; j < (c + 1) * p; ++j) constant[n * CP + j] += db[j];
   }
 
   template <bool pixel_modulation>
   void input_grad(int64_t n, int64_t c0, int64_t c1_, A* scratch, A* buffer) const {
-    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
-      const int64_t count = min(grad_block, pr.S - begin);
+    for (int64_t begin = 0, step = block_of(f.y); begin < pr.S; begin += step) {
+      const int64_t count = min(step, pr.S - begin);
       for_block(n, c0, c1_, begin, count, buffer, [&](int64_t c, auto y, auto d) {
         const int64_t at = n * CP + c * pr.p;
         const InputGradArgs<A> g{modulate_args(n, c), v + at, dr + at, constant + at, c1 + c * pr.p, nullptr, saved.softmax[n * pr.C + c],
@@ -219,14 +227,35 @@ struct MiddleBackwardCpu {
         if (f.y.layout() == Layout::contiguous)
           input_grad_block<P, pixel_modulation, true>(y, d, f.dy.at(n, c * pr.p, begin), f.dy.channel, begin, count, pr.S, pr.p, g, scratch);
         else  // over the gathered grad_out, which is read at the same place just before
-          input_grad_block<P, pixel_modulation, true>(y, d, const_cast<A*>(reinterpret_cast<const A*>(d.data)), grad_block, begin, count, pr.S,
+          input_grad_block<P, pixel_modulation, true>(y, d, const_cast<A*>(reinterpret_cast<const A*>(d.data)), grad_row, begin, count, pr.S,
                                                       pr.p, g, scratch);
       });
       if (f.y.layout() != Layout::contiguous)
-        scatter(buffer + per_group * pr.p * grad_block, grad_block, count, (c1_ - c0) * pr.p, f.dy.at(n, c0 * pr.p, begin), f.dy.position);
+        scatter(buffer + per_group * pr.p * grad_row, grad_row, count, (c1_ - c0) * pr.p, f.dy.at(n, c0 * pr.p, begin), f.dy.position);
     }
   }
+  // Pass 2 of a channels_last map with the paper's widths, where nothing needs to be transposed.
+  void input_grad_channels_last() const {
+    Scratch<A> repeated(3 * pr.N * CP);
+    A *maximum = repeated.get(), *inverse = maximum + pr.N * CP, *rdr_ = inverse + pr.N * CP;
+    for (int64_t i = 0; i < NC; ++i)
+      for (int64_t j = i * pr.p; j < (i + 1) * pr.p; ++j) {
+        maximum[j] = saved.softmax[i].maximum;
+        inverse[j] = A(1) / saved.softmax[i].sum;
+        rdr_[j] = rdr[i];
+      }
+    const int64_t size = max(16, round_up(16384 / CP, 16)), chunks = (pr.S + size - 1) / size;
+    for_each(f.pool, pr.N * chunks, [&](int64_t i) {
+      const int64_t n = i / chunks, begin = i % chunks * size, at = n * CP;
+      const ModulateArgs<A> m = modulate_args(n, 0);
+      const NaturalInputGrad<A> g{m.mu, m.A0, m.B0, v + at, dr + at, constant + at, c1, maximum + at, inverse + at, rdr_ + at};
+      input_grad_natural<P>(f.y, f.grad_out, f.dy, n, begin, min(pr.S, begin + size), CP, g);
+    });
+  }
   void input_grad_all() const {
+    if constexpr (natural_channels_last<A, P>)
+      if (f.y.layout() == Layout::channels_last && !pixel && o.sampler != Sampler::pool && CP % max(P, lanes<A>) == 0)
+        return input_grad_channels_last();
     for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(input_grad_scratch() + block_memory());
       A* buffer = scratch.get() + input_grad_scratch();

@@ -36,15 +36,14 @@ struct MiddleForwardCpu {
   // Pass 1: mean and, for the batch's statistics, centred sum of squares of every (image, channel).
   void channel_stats(A* squares) const {
     if (f.y.layout() == Layout::contiguous) {
-      for_each(f.pool, pr.N * CP, [&](int64_t i) {
-        const T* row = f.y.at(i / CP, i % CP, 0);
-        row_stats(row, pr.S, saved.m[i], squares[i]);
+      for_each(f.pool, NC, [&](int64_t i) {
+        rows_stats(f.y.at(i / pr.C, i % pr.C * pr.p, 0), f.y.channel, pr.p, pr.S, saved.m + i * pr.p, squares + i * pr.p);
       });
     } else {
-      const int64_t width = 64, chunks = (CP + width - 1) / width;
+      const int64_t width = 256, chunks = (CP + width - 1) / width;  // never by the number of threads
       for_each(f.pool, pr.N * chunks, [&](int64_t i) {
-        const int64_t n = i / chunks, begin = i % chunks * width, end = min(CP, begin + width);
-        channel_stats_rows(f.y.at(n, 0, 0), f.y.position, pr.S, begin, end, saved.m + n * CP + begin, squares + n * CP + begin);
+        const int64_t n = i / chunks, j = i % chunks * width, at = n * CP + j;
+        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), saved.m + at, squares + at);
       });
     }
   }
@@ -147,9 +146,9 @@ struct MiddleForwardCpu {
 
   // Pass 3, pixel modulation: attention is recomputed block by block.
   void modulate_pixel(int64_t n, int64_t c0, int64_t c1, A* scratch) const {
-    A *attention = scratch, *v = scratch + grad_block, *in = v + round_up(pr.p, 16);
-    for (int64_t begin = 0; begin < pr.S; begin += grad_block) {
-      const int64_t count = min(grad_block, pr.S - begin);
+    A *attention = scratch, *v = scratch + in_place_block, *in = v + round_up(pr.p, 16);
+    for (int64_t begin = 0, step = block_of(f.y); begin < pr.S; begin += step) {
+      const int64_t count = min(step, pr.S - begin);
       for_block(f.y, n, c0, c1, begin, count, in, [&](int64_t c, auto tile) {
         const ModulateArgs<A> m = modulate_args(n, c);
         const A* u = saved.u + n * CP + c * pr.p;
@@ -160,23 +159,23 @@ struct MiddleForwardCpu {
         if (f.y.layout() == Layout::contiguous)
           modulate_pixel_block(tile, f.out.at(n, c * pr.p, begin), f.out.channel, count, pr.p, m, attention);
         else
-          modulate_pixel_block(tile, in + (c - c0) * pr.p * grad_block, grad_block, count, pr.p, m, attention);
+          modulate_pixel_block(tile, in + (c - c0) * pr.p * grad_row, grad_row, count, pr.p, m, attention);
       });
       if (f.y.layout() != Layout::contiguous)
-        scatter(in, grad_block, count, (c1 - c0) * pr.p, f.out.at(n, c0 * pr.p, begin), f.out.position);
+        scatter(in, grad_row, count, (c1 - c0) * pr.p, f.out.at(n, c0 * pr.p, begin), f.out.position);
     }
   }
-  // f(c, tile) over positions [begin, begin + count) of concepts [c0, c1); buffer rows are grad_block apart.
+  // f(c, tile) over positions [begin, begin + count) of concepts [c0, c1); buffer rows are grad_row apart.
   template <class F>
   void for_block(const Map<const T>& y, int64_t n, int64_t c0, int64_t c1, int64_t begin, int64_t count, A* buffer, F visit) const {
     if (y.layout() == Layout::contiguous) {
       for (int64_t c = c0; c < c1; ++c) visit(c, Tile<T>{y.at(n, c * pr.p, begin), y.channel});
     } else {
-      gather(y.at(n, c0 * pr.p, begin), y.position, count, (c1 - c0) * pr.p, buffer, grad_block);
-      for (int64_t c = c0; c < c1; ++c) visit(c, Tile<A>{buffer + (c - c0) * pr.p * grad_block, grad_block});
+      gather(y.at(n, c0 * pr.p, begin), y.position, count, (c1 - c0) * pr.p, buffer, grad_row);
+      for (int64_t c = c0; c < c1; ++c) visit(c, Tile<A>{buffer + (c - c0) * pr.p * grad_row, grad_row});
     }
   }
-  int64_t pixel_memory() const { return grad_block + round_up(pr.p, 16) + per_group * pr.p * grad_block; }
+  int64_t pixel_memory() const { return in_place_block + round_up(pr.p, 16) + per_group * pr.p * grad_row; }
 
   void modulate_all() const {
     if (pixel) {

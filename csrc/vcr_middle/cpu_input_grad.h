@@ -8,7 +8,15 @@
 namespace vcr {
 namespace {
 
-constexpr int64_t grad_block = 512;  // positions whose attention is kept in L1 between the two sweeps
+constexpr int64_t grad_block = 512;            // positions of a gathered block, which stays in L1 between two sweeps
+constexpr int64_t grad_row = grad_block + 16;  // between the rows of a gathered block: see padded_row
+
+// Of a map that is read in place: longer rows, so that the memory's streams aren't broken off.
+constexpr int64_t in_place_block = 4096;
+template <class T>
+VCR_INLINE int64_t block_of(const Map<T>& y) {
+  return y.layout() == Layout::contiguous ? in_place_block : grad_block;
+}
 
 // One (image, concept).
 template <class A>
@@ -32,7 +40,7 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const int64_t p = P > 0 ? P : p_;
-  A *weight = scratch, *dlogit = scratch + grad_block, *attention = scratch + 2 * grad_block, *k = scratch + 3 * grad_block;
+  A *weight = scratch, *dlogit = weight + in_place_block, *attention = dlogit + in_place_block, *k = attention + in_place_block;
   const ModulateArgs<A>& m = g.modulate;
   if (g.attend) {
     logits<P>(y, 0, count, p, m.mu, g.v, weight);
@@ -84,6 +92,10 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
     }
     const auto sweep = [&](auto attend) {
       for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+        if constexpr (whole() && modulated) {
+          prefetch(grad + i + 512 / sizeof(D));
+          prefetch_write(to + i + 512 / sizeof(O));
+        }
         const vec<A> x = load_some<whole()>(from + i, some) - mu;
         vec<A> z = fma(c1, x, constant);
         if constexpr (attend()) z = fma(load(weight + i), dr, fma(load(dlogit + i), v, z));
@@ -107,7 +119,74 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
       sweep(std::integral_constant<bool, false>{});
   }
 }
-VCR_INLINE int64_t input_grad_scratch() { return 4 * grad_block; }
+// ---- channels_last with the paper's widths: no transposition. Four positions at a time; the dot products over a concept's channels
+// come out of the lanes by a transposed reduction, one exp serves four positions, and a lane's shuffle hands each its own.
+
+template <class A, int P>
+inline constexpr bool natural_channels_last = sizeof(A) == 4 && (P == 4 || P == 8 || P == 16 || P == 32);
+
+// One image; [C p] each, the softmax's numbers repeated for every channel of a concept.
+template <class A>
+struct NaturalInputGrad {
+  const A *mu, *A0, *B0, *v, *dr, *constant, *c1;
+  const A *maximum, *inverse_sum, *rdr;
+};
+
+// Positions [begin, end); channels must be a multiple of max(P, lanes). Four rows are swept along their channels, as memory lies.
+template <int P, class T>
+void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<T>& dy, int64_t n, int64_t begin, int64_t end,
+                        int64_t channels, const NaturalInputGrad<float>& g) {
+  constexpr int W = lanes<float>;
+  constexpr int NV = P > W ? P / W : 1;  // vectors of a concept
+  using V = vec<float>;
+  const auto rows = [&](int64_t i, auto height) {
+    constexpr int R = height();
+    const T *yi = y.at(n, 0, i), *di = d.at(n, 0, i);
+    T* out = dy.at(n, 0, i);
+    const int64_t ys = y.position, ds = d.position, os = dy.position;
+    for (int64_t c = 0; c < channels; c += NV * W) {
+      if (NV * W * sizeof(T) >= 64 || c * sizeof(T) % 64 == 0)
+        for (int64_t line = 0; line < max(64, NV * W * sizeof(T)); line += 64)
+          unroll<R>([&](auto I) {
+            prefetch(yi + (I + 4) * ys + c + line / sizeof(T));
+            prefetch(di + (I + 4) * ds + c + line / sizeof(T));
+            prefetch_write(out + (I + 4) * os + c + line / sizeof(T));
+          });
+      V score[4] = {}, against[4] = {};
+      unroll<NV>([&](auto K) {
+        constexpr int k = K() * W;
+        const V mu = load(g.mu + c + k), v = load(g.v + c + k), dr = load(g.dr + c + k);
+        unroll<R>([&](auto I) {
+          const V x = load(yi + I * ys + c + k) - mu;
+          score[I] = K() == 0 ? x * v : fma(x, v, score[I]);
+          against[I] = K() == 0 ? x * dr : fma(x, dr, against[I]);
+        });
+      });
+      V l = sum_within_quads(score), w = sum_within_quads(against);
+      if constexpr (P >= 8 && W >= 8) l += exchange<4>(l), w += exchange<4>(w);
+      if constexpr (P >= 16 && W >= 16) l += exchange<8>(l), w += exchange<8>(w);
+      const V a = exp_nonpositive(l - load(g.maximum + c)) * load(g.inverse_sum + c);
+      const V dl = a * (w - load(g.rdr + c));
+      unroll<NV>([&](auto K) {
+        constexpr int k = K() * W;
+        const V mu = load(g.mu + c + k), A0 = load(g.A0 + c + k), B0 = load(g.B0 + c + k);
+        const V c1 = load(g.c1 + c + k), constant = load(g.constant + c + k), v = load(g.v + c + k), dr = load(g.dr + c + k);
+        unroll<R>([&](auto I) {
+          const V x = load(yi + I * ys + c + k) - mu;
+          const V e = where_active<float>(fma(A0, x, B0), load(di + I * ds + c + k));
+          V z = fma(c1, x, constant);
+          z = fma(broadcast_in_quads<I()>(a), dr, fma(broadcast_in_quads<I()>(dl), v, z));
+          store(out + I * os + c + k, fma(A0, e, z));
+        });
+      });
+    }
+  };
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) rows(i, std::integral_constant<int, 4>{});
+  for (; i < end; ++i) rows(i, std::integral_constant<int, 1>{});
+}
+
+VCR_INLINE int64_t input_grad_scratch() { return 4 * in_place_block; }
 
 }  // namespace
 }  // namespace vcr
