@@ -15,10 +15,20 @@ HERE = Path(__file__).resolve().parent
 COMMANDS = ("run", "passes", "overhead", "readme", "picture")
 LEFT_OUT = "left out by default, --all runs it"
 
+# ruff: noqa: E501
 SAMPLE = """\
 Sample of the output of `python -m benchmarks --levels middle --modes train --stages 1 --layouts contiguous`:
 
-@SAMPLE@
+                     ms, median (quartiles)  × best other  × plain    GFLOP  GFLOP/s   GB/s  copy GB/s    error  PyTorch's  peak MB  faults
+-------------------------------------------------------------------------------------------------------------------------------------------
+middle, training step: stage 1, p=4, 56×56, N=16, float32, contiguous
+vcr_ops C++                88.2 (88.2–88.2)         4.71×    0.66×    0.258     2.92   2.62       5.82  1.6e-07    1.2e-07     51.6       0
+python_ref                    436 (434–440)             –    0.13×    0.232    0.533  0.530       5.82  1.7e-06    1.7e-06      161       0
+python_ref compiled           428 (424–432)             –    0.14×    0.232    0.542  0.540       5.82  3.7e-07    1.3e-07      122       1
+composite                     416 (416–418)             –    0.14×  1.0e-03  2.5e-03  0.556       5.82  1.4e-07    1.2e-07      180       0
+composite compiled         1984 (1977–1992)             –    0.03×  1.0e-03  5.2e-04  0.117       5.82  4.8e-07    1.3e-07     70.7       1
+plain ResNeXt              58.5 (57.2–58.8)             –        –        –        –      –       5.82        –          –      103       0
+plain compiled                156 (152–157)             –        –        –        –      –       5.82        –          –     57.8       0
 
 commands (none: run):
   run       time the product beside its alternatives: middle, block and network, training and evaluation

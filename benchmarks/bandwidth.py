@@ -31,6 +31,10 @@ PASSES = (
 )
 
 
+# Evaluation image by image, every stage while the image is in cache: one pass to the library's clock.
+BY_IMAGE = Pass("image by image", 1, 1)
+
+
 def floor_maps(mode: str) -> int:
     """Map-sized reads and writes of a step: 3R + 1W and 4R + 1W in training, 2R + 1W in evaluation (mean and sampling
     share one).

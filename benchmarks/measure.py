@@ -14,8 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .bandwidth import copy_of, floor_bytes
-from .cases import Case, inputs_for
-from .correctness import Verdict, check, check_compiled
+from .cases import Case
+from .correctness import Verdict, check, check_compiled, timed_inputs
 from .providers import PROVIDERS, Provider, Workload
 from .timing import CacheFlush, Samples, interleave
 
@@ -154,7 +154,7 @@ def run_case(
         rows[name] = _row(case, PROVIDERS[name])
         rows[name].reason = reason
     say("inputs")
-    inputs = inputs_for(case)
+    inputs = timed_inputs(case)
     torch._dynamo.reset()  # graphs of the case before would count against the limit of recompilations
     workloads: dict[str, Workload] = {}
     for provider in providers:

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .bandwidth import PASSES, copy_of
+from .bandwidth import BY_IMAGE, PASSES, copy_of
 from .cases import Case, Inputs, inputs_for
 from .providers import PROVIDERS, Workload
 from .report import _number, case_title, layout_text
 from .timing import interleave, last_level_cache_bytes
+
+MODULATE = [one.name for one in PASSES].index("concept_modulate")
 
 
 @dataclass
@@ -129,7 +131,10 @@ def _passes_of(case: Case, inputs: Inputs, warmth: str, seconds: float) -> list[
         sides[str(traffic)] = copy_of(maps, traffic * case.map_bytes)
     samples = interleave(sides, seconds=seconds, warm_up=0)
     rows = []
+    by_image = case.mode == "eval" and not any(times[MODULATE] for times in kept)
     for index, one in enumerate(PASSES):
+        if by_image and one.name == "concept_sample":
+            one = BY_IMAGE
         taken = [times[index] for times in kept]
         median = statistics.median(taken)
         if median == 0:

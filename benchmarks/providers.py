@@ -41,15 +41,12 @@ class Provider:
     def module(self, case: Case, inputs: Inputs, dtype: torch.dtype | None = None) -> nn.Module:
         """The module with the inputs' parameters, in the case's mode, dtype and layout (uncompiled).
 
-        The middle keeps float32 parameters beside a bfloat16 map, as under autocast; blocks and networks are bfloat16
-        throughout.
+        Parameters stay float32 beside a bfloat16 map, as under autocast.
         """
         with torch.random.fork_rng(devices=[]):
             module = self.build(case)
         dtype = dtype or case.torch_dtype
-        if case.level == "middle" and dtype == torch.bfloat16:
-            dtype = torch.float32
-        module = module.to(dtype=dtype)
+        module = module.to(dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
         if case.level != "middle":
             module = module.to(memory_format=case.memory_format)  # type: ignore[call-overload]
         own = module.state_dict()
@@ -72,13 +69,15 @@ class Workload:
     """One provider's module on one case's inputs.
 
     ``step()`` is what is timed: the forward pass without grad mode (evaluation), or forward and backward with the
-    gradients of the input (not a network's) and of every parameter (training).
+    gradients of the input (not a network's) and of every parameter (training). Blocks and networks run bfloat16 under
+    autocast.
     """
 
     def __init__(self, case: Case, module: nn.Module, inputs: Inputs, compiled: bool = False) -> None:
         self.case = case
         self.call: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False) if compiled else module
         self.labels, self.grad_out = inputs.labels, inputs.grad_out
+        self.autocast = case.level != "middle" and inputs.x.dtype == torch.bfloat16
         self.x = inputs.x
         self.names = [name for name, _ in module.named_parameters()]
         self.wanted: list[Tensor] = list(module.parameters())
@@ -86,12 +85,18 @@ class Workload:
             self.x = inputs.x.detach().requires_grad_()
             self.names, self.wanted = ["x", *self.names], [self.x, *self.wanted]
 
+    def forward(self) -> Tensor:
+        if not self.autocast:
+            return self.call(self.x)
+        with torch.autocast(self.x.device.type, torch.bfloat16):
+            return self.call(self.x)
+
     def run(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output and the gradients, in the order of ``names``."""
         if self.case.mode == "eval":
             with torch.no_grad():
-                return self.call(self.x), ()
-        out = self.call(self.x)
+                return self.forward(), ()
+        out = self.forward()
         if self.labels is not None:
             return out, torch.autograd.grad(F.cross_entropy(out.float(), self.labels), self.wanted)
         return out, torch.autograd.grad(out, self.wanted, self.grad_out)
@@ -106,7 +111,7 @@ class Workload:
         if self.case.mode == "eval":
             self.step()
             return
-        out = self.call(self.x)
+        out = self.forward()
         if self.labels is not None:
             F.cross_entropy(out.float(), self.labels).backward()
         else:

@@ -66,7 +66,8 @@ LEGEND = """\
 × best other: the fastest alternative's median over ours.
 × plain: the plain ResNeXt side's median (eager; in a middle, its BatchNorm + ReLU) over this one's.
 GB/s: bytes that the passes need, over the time. copy: torch's copy of as many bytes in the same run.
-GFLOP: a multiply-add is two. peak: torch's allocations of one step, outputs and gradients included.
+GFLOP: by torch's counter, where a multiply-add is two and elementwise PyTorch ops are none.
+peak: torch's allocations of one step, outputs and gradients included.
 error: against the literal equations in float64, of the tensor (output or gradient) nearest to its limit.
 PyTorch's: the same of the literal equations in the case's own type. faults: minor page faults a call."""
 

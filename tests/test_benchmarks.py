@@ -19,7 +19,7 @@ from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.bandwidth import PASSES, copy_of, floor_bytes, floor_maps
 from benchmarks.cases import CONCEPTS, Case, expand, inputs_for
-from benchmarks.correctness import Error, Verdict, check
+from benchmarks.correctness import DRAWS, KINK, Error, Verdict, _Arguments, _draw, check
 from benchmarks.measure import Row, count, run_case
 from benchmarks.photographs import NAMES, image_batch, photographs
 from benchmarks.providers import PROVIDERS, Provider, Workload
@@ -242,6 +242,22 @@ def test_the_reference_passes_its_own_check(level, mode):
     assert verdict.ok
     assert 0 < verdict.errors["output"].norm2 < 1e-5
     assert ("d x" in verdict.errors) == (mode == "train")
+
+
+@pytest.mark.parametrize("level, stage", [("middle", 1), ("block", 3)])
+def test_draws_have_no_gradient_that_hangs_on_rounding(level, stage):
+    case = Case(level, "train", stage, 2, image_size=64)
+    for draw in range(DRAWS["float32"]):
+        inputs, reference = _draw(case, draw)
+        exact = inputs.cast(torch.float64)
+        with torch.no_grad(), _Arguments(KINK) as arguments:
+            PROVIDERS["reference"].module(case, exact, torch.float64)(exact.x)
+        *inner, last = arguments.near
+        assert len(arguments.near) == {"middle": 2, "block": 4}[level]
+        assert not any(near.any() for near in inner)
+        assert not inputs.grad_out[last.reshape(inputs.x.shape)].any()
+        assert inputs.grad_out.count_nonzero() > 0.99 * inputs.grad_out.numel()
+        assert reference["d x"].dtype == torch.float64
 
 
 def test_a_wrong_result_is_refused(ours):
