@@ -244,9 +244,9 @@ def test_block_and_network_arguments() -> None:
         vcr_ops.VCRBlock(64, 1)
     with pytest.raises(ValueError, match="groups is 0; it takes at least 1"):
         vcr_ops.VCRBlock(64, 64, groups=0)
-    with pytest.raises(TypeError, match="num_classes is 10.0; it takes an int"):
+    with pytest.raises(TypeError, match=r"num_classes is 10.0; it takes an int"):
         vcr_ops.vcrnet50(10.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="replace_stride_with_dilation is .* it takes None or three booleans"):
+    with pytest.raises(ValueError, match=r"replace_stride_with_dilation is .* it takes None or three booleans"):
         vcr_ops.vcrnet50(replace_stride_with_dilation=[True])
 
 

@@ -2,6 +2,7 @@
 
 from . import backend, library
 from .backend import use_backend
+from .explain import Explanation, explain
 from .models import VCRNet, vcrnet50, vcrnet101
 from .modules import (
     ConceptModulator,
@@ -25,6 +26,7 @@ __all__ = [
     "ConceptReasonOutput",
     "ConceptReasoner",
     "ConceptSampler",
+    "Explanation",
     "MiddleOutput",
     "VCRBlock",
     "VCRNet",
@@ -33,6 +35,7 @@ __all__ = [
     "concept_modulate",
     "concept_reason",
     "concept_sample",
+    "explain",
     "no_running_stats_update",
     "use_backend",
     "vcrnet50",

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -34,6 +36,23 @@ class no_running_stats_update(ContextDecorator):
 
     def __exit__(self, *_: object) -> None:
         _updates.off -= 1
+
+
+def has_global_hook() -> bool:
+    """True where a hook on all modules might look at, or change, what a module gives."""
+    if not torch_module._has_any_global_hook():
+        return False
+    # ModuleTracker only keeps the names of the modules that run, for torch's FLOP counter among others.
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        for hooks in (
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+            torch_module._global_backward_hooks,
+            torch_module._global_backward_pre_hooks,
+        )
+        for hook in hooks.values()
+    )
 
 
 def is_plain(module: nn.Module) -> bool:

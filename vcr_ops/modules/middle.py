@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import checks
 from ..backend import check_backend
@@ -12,6 +11,7 @@ from ..ops.vcr_middle.op import vcr_middle
 from .batch_norm import (
     BATCH_NORMS,
     check_dims,
+    has_global_hook,
     is_plain,
     is_plain_batch_norm,
     update_running_stats,
@@ -28,7 +28,7 @@ def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
     A module is fused only where nobody could tell: exactly the classes known here, and no hooks.
     """
     if (
-        _has_any_global_hook()
+        has_global_hook()
         or type(sampler) is not ConceptSampler
         or type(reasoner) is not ConceptReasoner
         or type(modulator) is not ConceptModulator

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import checks
 from ..backend import check_backend
@@ -12,7 +11,7 @@ from ..maps import acc_dtype, without_autocast
 from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
-from .batch_norm import is_plain_batch_norm, update_running_stats, uses_batch_statistics
+from .batch_norm import has_global_hook, is_plain_batch_norm, update_running_stats, uses_batch_statistics
 from .sampler import uniform_projection
 
 
@@ -46,7 +45,7 @@ class ConceptReasoner(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """h (N, C, pt) to the updated states, of the same shape."""
         bn: Any = self.bn
-        if not is_plain_batch_norm(bn) or _has_any_global_hook():
+        if not is_plain_batch_norm(bn) or has_global_hook():
             return self._with_module(h)
         batch = uses_batch_statistics(bn)
         state, mean, var = concept_reason(

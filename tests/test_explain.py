@@ -1,0 +1,111 @@
+"""explain says which backend runs and why, and what its passes move; the environment report says what is there."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vcr_ops
+from tests.small import BACKENDS, block, feature_map, middle
+from vcr_ops import library
+
+
+@pytest.mark.parametrize("modulation, sampler", [("channel", "dynamic"), ("pixel", "static"), ("channel", "pool")])
+def test_the_fewest_passes(modulation: str, sampler: str) -> None:
+    """3 reads and 1 write forward, 4 and 1 backward, at most 2 and 1 in evaluation."""
+    m = middle("cpp", modulation=modulation, sampler=sampler)
+    found = vcr_ops.explain(m, feature_map(2, 12, 4, 5))
+    assert [(step.name, step.reads, step.writes) for step in found.steps] == [
+        ("training forward", 3, 1),
+        ("training backward", 4, 1),
+        ("evaluation", 2, 1),
+    ]
+    assert found.map_bytes == 2 * 12 * 20 * 4
+    assert found.bytes("training backward") == 5 * found.map_bytes
+    assert found.copies == ()
+
+
+def test_text() -> None:
+    text = str(vcr_ops.explain(middle("auto"), feature_map(2, 12, 4, 5)))
+    assert "VisualConceptReasoning: the middle, on a map (2, 12, 4, 5) float32 contiguous" in text
+    assert "backend   cpp: auto takes it for CPU tensors" in text
+    assert "one op: batch norm, sampler, reasoner and modulator" in text
+    assert re.search(r"training forward +3 +1 ", text)
+    assert f"instruction set: {library.active_isa()}" in text
+    with vcr_ops.use_backend("composite"):
+        assert "backend   composite: use_backend names it" in str(
+            vcr_ops.explain(middle("auto"), feature_map(2, 12, 4, 5))
+        )
+
+
+def test_it_runs_nothing_and_moves_nothing() -> None:
+    for backend in BACKENDS:
+        b = block(backend)
+        before = {name: x.clone() for name, x in b.state_dict().items()}
+        vcr_ops.explain(b, feature_map(2, 16, 6, 6))
+        assert all(torch.equal(x, before[name]) for name, x in b.state_dict().items())
+        assert all(p.grad is None for p in b.parameters())
+
+
+def test_the_block_s_map() -> None:
+    b = vcr_ops.VCRBlock(16, 4, stride=2, groups=3, base_width=80)
+    x = feature_map(2, 16, 7, 6)
+    found = vcr_ops.explain(b, x)
+    assert (found.shape, found.map_format, found.dtype) == ((2, 15, 4, 3), "contiguous", torch.float32)
+    assert vcr_ops.explain(b, x.to(memory_format=torch.channels_last)).map_format == "channels_last"
+    with torch.autocast("cpu"):
+        assert vcr_ops.explain(b, x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_paths_and_copies(backend: str) -> None:
+    m, y = middle(backend), feature_map(2, 12, 4, 10)
+    assert vcr_ops.explain(m, y[..., ::2]).copies == (
+        "the map's strides fit neither memory format: one dense copy, forward and backward",
+    )
+    handle = m.reasoner.register_forward_hook(lambda *_: None)
+    found = vcr_ops.explain(m, y)
+    assert found.path == "modules"
+    assert "each module is called" in str(found)
+    handle.remove()
+    m.bn = nn.GroupNorm(3, 12)
+    found = vcr_ops.explain(m, y)
+    assert found.path == "after norm"
+    assert "the norm's own passes are not counted" in found.notes
+
+
+def test_composite_is_counted() -> None:
+    found = vcr_ops.explain(middle("composite"), feature_map(4, 12, 8, 8))
+    ours = vcr_ops.explain(middle("cpp"), feature_map(4, 12, 8, 8))
+    for step in ("training forward", "training backward", "evaluation"):
+        assert found.bytes(step) > ours.bytes(step)
+        assert found.step(step).flops == ours.step(step).flops
+
+
+def test_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_loaded", False)
+    monkeypatch.setattr(library, "PATH", library.PATH.with_name("nowhere.so"))
+    found = vcr_ops.explain(middle("cpp"), feature_map(2, 12, 4, 5))
+    assert found.why_not is not None
+    assert "can't run here: the C++ ops aren't built" in str(found)
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match="module is a ReLU; explain takes a VCRBlock or a VisualConceptReasoning"):
+        vcr_ops.explain(nn.ReLU(), feature_map(2, 12, 4, 5))
+    with pytest.raises(ValueError, match="x has 2 dims"):
+        vcr_ops.explain(middle(), torch.rand(2, 12))
+    with pytest.raises(ValueError, match=r"y has 10 channels, which sampler.value's 3 concepts don't divide"):
+        vcr_ops.explain(middle(), torch.rand(2, 10, 3, 3))
+
+
+def test_environment_report() -> None:
+    found = subprocess.run([sys.executable, "-m", "vcr_ops"], capture_output=True, text=True, timeout=100, check=True)
+    rows = dict(line.split("  ", 1) for line in found.stdout.splitlines())
+    assert rows["torch"].strip().startswith(torch.__version__)
+    assert rows["instruction set"].strip().startswith(library.active_isa())
+    assert rows["auto on cpu"].strip() == "cpp"
+    assert rows["composite on cpu"].strip().startswith("can run")

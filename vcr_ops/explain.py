@@ -1,0 +1,303 @@
+"""What running a block costs, and why: backend, passes over the feature map, bytes, FLOPs, copies."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import checks, flops, library
+from .backend import Case, choose, tracing
+from .maps import map_format
+from .modules.batch_norm import uses_batch_statistics
+from .modules.block import VCRBlock
+from .modules.middle import VisualConceptReasoning, fused_path
+from .ops.vcr_middle import composite
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk over the map: how many map-sized tensors it reads and writes."""
+
+    name: str
+    reads: float
+    writes: float
+
+    def bytes(self, map_bytes: int) -> int:
+        """Bytes moved, for a map of ``map_bytes``."""
+        return round((self.reads + self.writes) * map_bytes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A direction of a mode: "training forward", "training backward" or "evaluation"."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    flops: int
+
+    @property
+    def reads(self) -> float:
+        """Map-sized tensors read."""
+        return sum(each.reads for each in self.passes)
+
+    @property
+    def writes(self) -> float:
+        """Map-sized tensors written."""
+        return sum(each.writes for each in self.passes)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``str`` shows, as values.
+
+    backend, reason: what runs and why. why_not: None, or why it can't run here. path: "whole", "after norm" or
+    "modules", as in ``modules.middle.fused_path``. map_bytes: of one map. steps: training forward, training backward,
+    evaluation. copies: map-sized copies that strides cause. notes: what else to know.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    map_format: str
+    backend: str
+    reason: str
+    why_not: str | None
+    path: str
+    map_bytes: int
+    steps: tuple[Step, ...]
+    copies: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def step(self, name: str) -> Step:
+        """The step of a name."""
+        return next(step for step in self.steps if step.name == name)
+
+    def bytes(self, name: str) -> int:
+        """Bytes that the passes of a step move."""
+        return sum(each.bytes(self.map_bytes) for each in self.step(name).passes)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.module}: the middle, on a map {tuple(self.shape)} {dtype} {self.map_format}, "
+            f"{self.map_bytes / 1e6:.1f} MB",
+            f"  backend   {self.backend}: {self.reason}",
+        ]
+        if self.why_not is not None:
+            lines.append(f"            can't run here: {self.why_not}")
+        lines.append(f"  path      {_PATHS[self.path]}")
+        lines += [f"  copies    {text}" for text in self.copies or ("none",)]
+        lines += [f"  note      {text}" for text in self.notes]
+        lines.append(f"  {'pass':34}{'reads':>7}{'writes':>8}{'MB':>9}{'MFLOP':>9}")
+        for step in self.steps:
+            moved = f"{self.bytes(step.name) / 1e6:9.1f}"
+            lines.append(f"  {step.name:34}{step.reads:7.3g}{step.writes:8.3g}{moved}{step.flops / 1e6:9.1f}")
+            lines += [
+                f"    {each.name:32}{each.reads:7.3g}{each.writes:8.3g}{each.bytes(self.map_bytes) / 1e6:9.1f}"
+                for each in step.passes
+            ]
+        return "\n".join(lines)
+
+
+_PATHS = {
+    "whole": "one op: batch norm, sampler, reasoner and modulator",
+    "after norm": "the norm is called, since it isn't a plain nn.BatchNorm; the rest is one op",
+    "modules": "each module is called: one has hooks, or is of another class (reasoner.bn included)",
+}
+
+
+def explain(module: nn.Module, x: Tensor) -> Explanation:
+    """Tell what runs when ``module(x)`` is called, without calling it.
+
+    Args:
+        module: VCRBlock or VisualConceptReasoning.
+        x: its input, (N, channels, *spatial); only its shape, strides, type and device matter. For a block, the
+            explanation is of its middle; the convolutions are PyTorch's.
+    Returns:
+        An :class:`Explanation`; print it.
+    Raises:
+        TypeError, ValueError: another module, or an input that doesn't fit it.
+    """
+    checks.check_map("x", x)
+    middle: Any = module
+    if isinstance(module, VCRBlock):
+        norm, y = module.bn2, _convolved(module, x)
+    elif isinstance(module, VisualConceptReasoning):
+        norm, y = module.bn, x
+    else:
+        raise TypeError(f"module is a {type(module).__name__}; explain takes a VCRBlock or a VisualConceptReasoning")
+    sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
+    p = sampler.channels // sampler.concepts
+    checks.check_concepts("y", y, "sampler.value", sampler.concepts, p)
+    case = Case(y.device.type, tracing())
+    backend, reason = choose(middle.backend, case)
+    path = fused_path(norm, sampler, reasoner, modulator)
+    strided = map_format(y) == "strided"
+    steps, copies, notes = [], [], []
+    for training in (True, False):
+        arguments = _arguments(y, norm, middle, path, training)
+        if backend.name == "cpp":
+            forward, backward = _cpp_passes(arguments, path, training)
+        else:
+            forward, backward = _composite_passes(y, arguments, training)
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
+        steps.append(Step("training forward" if training else "evaluation", forward, _forward_flops(shapes, training)))
+        if training:
+            steps.append(Step("training backward", backward, _backward_flops(shapes)))
+    if strided:
+        copies.append("the map's strides fit neither memory format: one dense copy, forward and backward")
+    if backend.name == "cpp":
+        if backend.why_not(case) is None:
+            notes.append(f"instruction set: {library.active_isa()}")
+        notes.append("evaluation's second read comes from cache, where the map of an image fits it")
+    else:
+        notes.append("reads and writes counted over eager PyTorch ops; compiled code makes fewer")
+    if path != "whole":
+        notes.append("the norm's own passes are not counted")
+    return Explanation(
+        module=type(module).__name__,
+        shape=tuple(y.shape),
+        dtype=y.dtype,
+        map_format=map_format(y),
+        backend=backend.name,
+        reason=reason,
+        why_not=backend.why_not(case),
+        path=path,
+        map_bytes=y.numel() * y.element_size(),
+        steps=tuple(steps),
+        copies=tuple(copies),
+        notes=tuple(notes),
+    )
+
+
+def _convolved(block: VCRBlock, x: Tensor) -> Tensor:
+    """What conv2 gives, as a meta tensor of the same strides; norms and ReLU in between change neither."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        y = block.conv2(block.conv1(mode.from_tensor(x)))
+    return _like(y)
+
+
+def _like(y: Tensor) -> Tensor:
+    """A stand-in without memory that says it is on y's device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
+
+
+def _arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -> tuple[Any, ...]:
+    """The arguments of the middle's op in a mode."""
+    sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
+
+    def batch(bn: Any) -> bool:
+        if training and middle.training:
+            return uses_batch_statistics(bn)  # one of them may be frozen
+        return training or getattr(bn, "running_mean", None) is None
+
+    kind, statistics, weights, eps = "none", (None, None), (None, None), 0.0
+    if path == "whole":
+        kind, weights, eps = ("batch" if batch(norm) else "given"), (norm.weight, norm.bias), norm.eps
+        if kind == "given":
+            statistics = (norm.running_mean, norm.running_var)
+    bn = reasoner.bn
+    state = (None, None) if batch(bn) else (bn.running_mean, bn.running_var)
+    return (
+        y,
+        *statistics,
+        *weights,
+        *(sampler.value, sampler.query, sampler.key, sampler.logit, reasoner.edge),
+        *state,
+        *(getattr(bn, "weight", None), getattr(bn, "bias", None)),
+        *(modulator.scale_weight, modulator.shift_weight, modulator.scale_bias, modulator.shift_bias),
+        *(kind, eps, getattr(bn, "eps", 0.0), sampler.sampler, reasoner.edges, middle.modulation),
+    )
+
+
+def _forward_flops(shapes: list[Any], save: bool) -> int:
+    arguments: Any = (*shapes, save)
+    return flops.vcr_middle(*arguments)
+
+
+def _backward_flops(shapes: list[Any]) -> int:
+    y, norm, state_mean, variant = shapes[0], shapes[18], shapes[10], shapes[21:]
+    saved = None
+    arguments: Any = (y, y, *shapes[3:10], *shapes[12:18], saved, norm, state_mean is None, *variant)
+    return flops.vcr_middle_backward(*arguments)
+
+
+def _cpp_passes(arguments: tuple[Any, ...], path: str, training: bool) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of the C++ ops, which their sources describe under the same names."""
+    attend = [Pass("concept_sample", 1, 0)]
+    if arguments[18] == "batch":
+        attend.insert(0, Pass("channel_stats", 1, 0))
+    forward = (*attend, Pass("concept_modulate", 1, 1))
+    backward = [Pass("modulate_backward_sums", 2, 0), Pass("middle_input_grad", 2, 1)]
+    if path == "modules":
+        backward = [
+            Pass("modulate_backward_sums", 2, 0),
+            Pass("modulate_input_grad", 2, 1),
+            Pass("sample_input_grad", 1, 1),
+            Pass("sum of both input gradients", 2, 1),
+        ]
+    return forward, tuple(backward) if training else ()
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the map-sized tensors that PyTorch ops read and write, in units of one map's bytes."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.elements, self.unit = y.numel(), y.numel() * y.element_size()
+        self.reads: dict[str, float] = {}
+        self.writes: dict[str, float] = {}
+
+    def _size(self, tensors: Iterable[Any]) -> float:
+        total = 0
+        for tensor in tensors:
+            for each in tensor if isinstance(tensor, (list, tuple)) else (tensor,):
+                # An expanded tensor is as small as the memory behind it.
+                if isinstance(each, Tensor) and each.numel() >= self.elements > 0 and 0 not in each.stride():
+                    total += each.numel() * each.element_size()
+        return total / max(self.unit, 1)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "view" not in func.name() and func.name() != "aten::detach":
+            name = func.name().removeprefix("aten::").split(".")[0]
+            reads, writes = self._size(args), self._size([out])
+            if reads or writes:
+                self.reads[name] = self.reads.get(name, 0) + reads
+                self.writes[name] = self.writes.get(name, 0) + writes
+        return out
+
+    def passes(self) -> tuple[Pass, ...]:
+        return tuple(Pass(name, reads, self.writes[name]) for name, reads in self.reads.items())
+
+
+def _composite_passes(
+    y: Tensor, arguments: tuple[Any, ...], training: bool
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """What the composite does in eager mode, counted on tensors without memory."""
+
+    def meta(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return like.requires_grad_(training and (x is y or isinstance(x, nn.Parameter)))
+
+    inputs = [meta(x) for x in arguments]
+    forward, backward = _Traffic(y), _Traffic(y)
+    with nullcontext() if training else torch.no_grad():
+        with forward:
+            out = composite.vcr_middle(*inputs)[0]
+        if training:
+            grad = torch.empty_like(out)
+            with backward:
+                torch.autograd.grad(out, [x for x in inputs if isinstance(x, Tensor) and x.requires_grad], grad)
+    return forward.passes(), backward.passes()
