@@ -155,20 +155,37 @@ class Adapter:
         return {name: float(torch.linalg.vector_norm(there[name] - here[name])) for name in here}
 
     def closeness(
-        self, case: Case, backend: str, change: Callable[[Result, Tensors, Tensors], None] | None = None
+        self,
+        case: Case,
+        backend: str,
+        change: Callable[[Result, Tensors, Tensors], None] | None = None,
+        *,
+        inference: bool = False,
     ) -> Closeness:
-        """Draws enough for the tolerance. ``change`` may put a fault into our result."""
+        """Draws enough for the tolerance. ``change`` may put a fault into our result.
+
+        inference: run ours under no_grad, as kernels of their own may do that; outputs alone are judged.
+        """
         label = f"{case.id}-{backend}"
         closeness = Closeness(case.feature_dtype, label)
         results: list[tuple[Result, Result, Result]] = []
 
         def add() -> None:
             inputs, gradients = self.draw(case, len(results))
-            ours = self.our_result(inputs, gradients, case, backend)
+            if inference:
+                with torch.no_grad():
+                    ours = Result(self.ours(self.leaves(inputs, case), case, backend))
+            else:
+                ours = self.our_result(inputs, gradients, case, backend)
             if change is not None:
                 change(ours, inputs, gradients)
-            reference = self.reference_result(inputs, gradients, case)
-            results.append((ours, self.plain_result(inputs, gradients, case), reference))
+            plain, reference = (
+                self.plain_result(inputs, gradients, case),
+                self.reference_result(inputs, gradients, case),
+            )
+            if inference:
+                plain, reference = Result(plain.outputs), Result(reference.outputs)
+            results.append((ours, plain, reference))
             closeness.add(*results[-1])
 
         # The fewer elements, the more draws: a root mean square over few numbers is luck too. Large maps are slow.

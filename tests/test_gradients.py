@@ -1,0 +1,77 @@
+"""Proves: every gradient is the derivative of its output, by finite differences in float64, for every op and variant;
+the composite's second derivatives too; and the C++ ops refuse to be differentiated twice, rather than to give zeros."""
+
+import pytest
+import torch
+
+from .ops import adapters
+
+ADAPTERS = adapters()
+VARIANTS = [case for adapter in ADAPTERS.values() for case in adapter.variants(dtype="f64", size="N2C4p3S7")]
+IDS = [case.id for case in VARIANTS]
+# Slow; the middle's variants are made of the single ops', which are all here, so some will do.
+TWICE = [case for case in VARIANTS if case.op != "vcr_middle"] + [c for c in VARIANTS if c.op == "vcr_middle"][::7]
+# The slow check compares every entry of the Jacobian, the fast one random combinations of them.
+SLOW = [
+    adapter.variants(dtype="f64", size="N2C3p1S15", layout="channels_last")[i]
+    for adapter in ADAPTERS.values()
+    for i in (0, -1)
+]
+
+
+def function_of(case, backend):
+    """(function of tensors alone, its inputs), for gradcheck: a draw away from the kinks of ReLU."""
+    adapter = ADAPTERS[case.op]
+    inputs, gradients = adapter.draw(case)
+    leaves = adapter.leaves(inputs, case)
+    names = [name for name, x in leaves.items() if x.requires_grad]
+
+    def function(*tensors):
+        outputs = adapter.ours(leaves | dict(zip(names, tensors, strict=True)), case, backend)
+        return tuple(outputs[name] for name in gradients)
+
+    return function, tuple(leaves[name] for name in names)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "composite"])
+@pytest.mark.parametrize("case", VARIANTS, ids=IDS)
+def test_gradcheck(case, backend):
+    function, inputs = function_of(case, backend)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", SLOW, ids=[case.id for case in SLOW])
+def test_gradcheck_of_every_entry(case):
+    function, inputs = function_of(case, "cpp")
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("case", TWICE, ids=[case.id for case in TWICE])
+def test_gradgradcheck_of_the_composite(case):
+    function, inputs = function_of(case, "composite")
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("op", ADAPTERS)
+def test_no_double_backward_in_cpp(op):
+    case = ADAPTERS[op].variants(dtype="f64", size="N2C4p3S7")[0]
+    function, inputs = function_of(case, "cpp")
+    first = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="composite"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "composite"])
+@pytest.mark.parametrize("op", ADAPTERS)
+def test_only_some_inputs_require_gradients(op, backend):
+    """A gradient doesn't depend on which others are asked for."""
+    adapter = ADAPTERS[op]
+    case = adapter.variants(dtype="f32", size="N2C4p3S7")[0]
+    inputs, gradients = adapter.draw(case)
+    everything = adapter.our_result(inputs, gradients, case, backend).gradients
+    for name in everything:
+        leaves = adapter.leaves(inputs, case)
+        for other, x in leaves.items():
+            x.requires_grad_(other == name)
+        alone = adapter.run(lambda x, c: adapter.ours(x, c, backend), leaves, gradients, case).gradients
+        torch.testing.assert_close(alone[name], everything[name], rtol=1e-5, atol=1e-5)

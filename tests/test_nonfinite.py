@@ -1,0 +1,113 @@
+"""Proves: NaN comes out exactly where the reference puts it, and nothing that isn't finite is ever hidden.
+
+±inf is held to less: the ops fold products (alpha * (s * y + b) is (alpha * s) * y + alpha * b), so that an infinite
+alpha may give NaN where the reference has ±inf, or the 0 that ReLU makes of -inf. It stays within its image, and what
+isn't finite in the reference isn't finite here. In gradients, plain PyTorch spreads NaN over a whole row where it
+multiplies it by zero (amax, softmax); here it must be found in every tensor where plain PyTorch has it.
+"""
+
+import math
+
+import pytest
+import torch
+
+from . import grid
+from .ops import adapters
+
+ADAPTERS = adapters()
+INFINITE = {"inf": math.inf, "-inf": -math.inf}
+LAYOUTS = ["contiguous", "channels_last"]
+BACKENDS = ["cpp", "composite"]
+SIZE = "N3C4p16S49"
+PER_IMAGE = ("z", "y", "h", "state")
+
+
+def cases():
+    """One of each sampler, modulation and kind of statistics."""
+    for op, adapter in ADAPTERS.items():
+        seen = {}
+        for case in adapter.variants(dtype="f32", size=SIZE):
+            edges = case.edges if op == "concept_reason" else None
+            seen.setdefault((case.sampler, case.modulation, case.state, edges), case)
+        for case in seen.values():
+            yield from (case.but(layout=layout) for layout in (LAYOUTS if adapter.maps else [None]))
+
+
+CASES = list(cases())
+IDS = [case.id for case in CASES]
+
+
+def poison(x: torch.Tensor, value: float) -> None:
+    """One element, in the middle."""
+    x.view(-1)[x.numel() // 2 + 1] = value
+
+
+def outputs_with(case, backend, clean, name, value):
+    """(ours, the reference's) with one bad element in an input."""
+    adapter = ADAPTERS[case.op]
+    inputs = {k: x.clone() for k, x in clean.items()}
+    poison(inputs[name], value)
+    with torch.no_grad():
+        leaves = adapter.leaves(inputs, case)
+        return adapter.ours(leaves, case, backend), adapter.reference(leaves, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_nan_in_any_input(case, backend):
+    clean, _ = ADAPTERS[case.op].draw(case)
+    for name in clean:
+        ours, plain = outputs_with(case, backend, clean, name, math.nan)
+        for output, x in plain.items():
+            assert torch.equal(ours[output].isnan(), x.isnan()), f"NaN in {name}: {output}"
+            assert torch.equal(ours[output].isinf(), x.isinf()), f"NaN in {name}: {output}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", INFINITE.values(), ids=INFINITE)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_inf_in_a_map_or_state(case, value, backend):
+    clean, _ = ADAPTERS[case.op].draw(case)
+    middle_image = case.shape[0] // 2
+    for name in [name for name in clean if name in PER_IMAGE]:
+        ours, plain = outputs_with(case, backend, clean, name, value)
+        for output, x in plain.items():
+            hidden = ours[output].isfinite() & ~x.isfinite()
+            assert not hidden.any(), f"{value} in {name}: {output} is finite"
+            if "batch" not in (case.norm, case.state):
+                for n in range(case.shape[0]):
+                    if n != middle_image:
+                        assert ours[output][n].isfinite().all(), f"{value} in {name}: {output} of another image"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, *INFINITE.values()], ids=["nan", *INFINITE])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_gradients(case, value, backend):
+    """GradScaler looks for it, in each tensor."""
+    adapter = ADAPTERS[case.op]
+    inputs, gradients = adapter.draw(case)
+    for name in gradients:
+        bad = {k: x.clone() for k, x in gradients.items()}
+        poison(bad[name], value)
+        ours = adapter.our_result(inputs, bad, case, backend).gradients
+        plain = adapter.plain_result(inputs, bad, case).gradients
+        for which, x in plain.items():
+            assert x.isfinite().all() or not ours[which].isfinite().all(), f"{value} in d{name}: d{which} is finite"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("modulation", grid.MODULATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_passes_relu_backward(modulation, layout, backend):
+    """The gradient goes through where the pre-activation is NaN, as PyTorch's ReLU lets it."""
+    adapter = ADAPTERS["concept_modulate"]
+    case = grid.Case("concept_modulate", modulation=modulation, affine="both", layout=layout, size=SIZE)
+    inputs, gradients = adapter.draw(case)
+    poison(inputs["z"], math.nan)
+    ours = adapter.our_result(inputs, gradients, case, backend).tensors()
+    plain = adapter.plain_result(inputs, gradients, case).tensors()
+    assert plain["out"].isnan().sum() == 1
+    for name, x in plain.items():
+        if name != "dattention":  # plain PyTorch's amax multiplies NaN by zero
+            assert torch.equal(ours[name].isnan(), x.isnan()), name
