@@ -92,8 +92,10 @@ def test_opcheck(op, layout, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("op", ADAPTERS)
 def test_opcheck_by_tracing(op, layout, nan_memory):
-    """Traced with dynamic shapes: forward and gradients are those of eager. What nobody writes or reads (gaps in what is
-    saved for backward) is NaN in both."""
+    """Traced with dynamic shapes: forward and gradients are those of eager.
+
+    What nobody writes or reads (gaps in what is saved for backward) is NaN in both.
+    """
     case = variants(op, layout, "f32")[0]
     inputs, _ = ADAPTERS[op].draw(case)
     arguments = forward_arguments(case, ADAPTERS[op].leaves(inputs, case), True)

@@ -192,7 +192,7 @@ class Adapter:
         add()
         elements = min(n for n in (math.prod(x.shape) for x in results[0][2].tensors().values()) if n)
         draws = max(MINIMUM_DRAWS, min(20, math.ceil(100 / elements)))
-        large = math.prod(case.shape[:3]) * math.prod(case.shape[3]) > 10_000
+        large = math.prod(case.shape[:3]) * math.prod(case.shape[3]) > 4_000
         if large:
             draws = min(draws, 8)
         while len(results) < draws:
