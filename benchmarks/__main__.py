@@ -13,6 +13,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = ("run", "passes", "overhead", "readme", "picture")
+# What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
+COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
 
 # ruff: noqa: E501
@@ -207,7 +209,8 @@ def plan(options: argparse.Namespace) -> list[tuple[Any, list[Any], dict[str, st
                     wanted = provider.role == "product" or name == "plain"
                     reason = LEFT_OUT
                 else:
-                    wanted = provider.eager is None or (case.layout == "contiguous" and case.dtype == "float32")
+                    compiled = case.layout == "contiguous" and case.dtype == "float32" and case.stage in COMPILED_STAGES
+                    wanted = provider.eager is None or compiled
                     reason = LEFT_OUT
                 if wanted or (options.all and options.providers is None):
                     chosen.append(provider)

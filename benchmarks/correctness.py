@@ -13,13 +13,14 @@ gradients are judged as one vector, in which many such elements average out.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import Case, Inputs, inputs_for
@@ -141,7 +142,7 @@ def _find(case: Case, draw: int, whole: bool) -> _Draw:
         for number in range(draw, 50 * DRAWS[case.dtype], DRAWS[case.dtype]):
             exact = _inputs(case, number, whole).cast(torch.float64)
             with torch.no_grad(), _Arguments(KINK) as arguments:
-                PROVIDERS["reference"].module(case, exact, torch.float64)(exact.x)
+                _module(case, PROVIDERS["reference"], exact, torch.float64)(exact.x)
             *inner, last = arguments.near
             kinks = last.reshape(exact.x.shape)
             if not any(bool(near.any()) for near in inner):
@@ -156,7 +157,15 @@ def _without_kinks(inputs: Inputs, kinks: Tensor | None) -> Inputs:
 
 
 def _tensors(case: Case, provider: Provider, inputs: Inputs, dtype: torch.dtype | None = None) -> Tensors:
-    return _joined(case, Workload(case, provider.module(case, inputs, dtype), inputs).tensors())
+    return _joined(case, Workload(case, _module(case, provider, inputs, dtype), inputs).tensors())
+
+
+# Making a network takes longer than running it on two small images.
+_made = functools.lru_cache(maxsize=6)(Provider.module)
+
+
+def _module(case: Case, provider: Provider, inputs: Inputs, dtype: torch.dtype | None) -> nn.Module:
+    return provider.load(_made(provider, case, dtype), inputs)
 
 
 def _joined(case: Case, tensors: Tensors) -> Tensors:

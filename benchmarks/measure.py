@@ -163,7 +163,7 @@ def run_case(
         if row.reason is None:
             with _reason(row):
                 workloads[provider.name] = Workload(
-                    case, provider.module(case, inputs), inputs, compiled=provider.eager is not None
+                    case, provider.load(provider.module(case), inputs), inputs, compiled=provider.eager is not None
                 )
 
     say("checking against float64")

@@ -87,7 +87,8 @@ def _workload(case: Case, inputs: Inputs, provider: str = "fused") -> Workload:
     why_not = PROVIDERS[provider].why_not(case)
     if why_not:
         raise RuntimeError(f"{provider} can't run here: {why_not}")
-    return Workload(case, PROVIDERS[provider].module(case, inputs), inputs)
+    side = PROVIDERS[provider]
+    return Workload(case, side.load(side.module(case), inputs), inputs)
 
 
 def _repeated(case: Case, inputs: Inputs, times: int) -> tuple[Case, Inputs]:

@@ -38,8 +38,8 @@ class Provider:
     why_not: Callable[[Case], str | None]
     eager: str | None = None
 
-    def module(self, case: Case, inputs: Inputs, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module with the inputs' parameters, in the case's mode, dtype and layout (uncompiled).
+    def module(self, case: Case, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module in the case's mode, dtype and layout, uncompiled; ``load`` gives it its parameters.
 
         Parameters stay float32 beside a bfloat16 map, as under autocast.
         """
@@ -49,6 +49,10 @@ class Provider:
         module = module.to(dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
         if case.level != "middle":
             module = module.to(memory_format=case.memory_format)  # type: ignore[call-overload]
+        return module.train(case.mode == "train")
+
+    def load(self, module: nn.Module, inputs: Inputs) -> nn.Module:
+        """Put the inputs' parameters into a module of this provider's; returns it."""
         own = module.state_dict()
         given = {_name(self, name): value for name, value in inputs.state.items()}
         missing = own.keys() - given.keys()
@@ -57,7 +61,7 @@ class Provider:
                 f"provider {self.name} has parameters that the case doesn't give: {', '.join(sorted(missing))}"
             )
         module.load_state_dict({name: given[name] for name in own})
-        return module.train(case.mode == "train")
+        return module
 
 
 def _name(provider: Provider, name: str) -> str:

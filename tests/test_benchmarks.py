@@ -85,6 +85,10 @@ def ours(monkeypatch):
     return put
 
 
+def made(name: str, case: Case, inputs, dtype=None) -> nn.Module:
+    return PROVIDERS[name].load(PROVIDERS[name].module(case, dtype), inputs)
+
+
 def run_tiny(case: Case = TINY, names=("fused", "reference", "plain"), **options) -> dict[str, Row]:
     rows = run_case(case, [PROVIDERS[name] for name in names], seconds=0.01, min_rounds=2, **options)
     return {row.provider: row for row in rows}
@@ -136,7 +140,7 @@ def test_inputs_fit_the_reference(level, layout):
     assert inputs.x.is_contiguous(memory_format=case.memory_format)
     assert inputs.state.keys() == PROVIDERS["reference"].build(case).state_dict().keys()
     assert all(value.dtype in (torch.float64, torch.int64) for value in inputs.state.values())
-    module = PROVIDERS["reference"].module(case, inputs)
+    module = made("reference", case, inputs)
     assert module.training
     assert torch.equal(
         dict(module.named_parameters())[next(iter(dict(module.named_parameters())))].double(),
@@ -154,7 +158,7 @@ def test_bfloat16_values_are_the_same_for_every_side():
     inputs = inputs_for(replace(TINY, dtype="bfloat16"))
     assert inputs.x.dtype == torch.bfloat16
     assert all(torch.equal(v, v.bfloat16().double()) for v in inputs.state.values() if v.is_floating_point())
-    module = PROVIDERS["reference"].module(replace(TINY, dtype="bfloat16"), inputs)
+    module = made("reference", replace(TINY, dtype="bfloat16"), inputs)
     assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
@@ -205,7 +209,7 @@ def test_passes_are_nine_in_training_and_three_in_evaluation():
 def test_flops_and_memory_are_counted():
     case = Case("block", "eval", 1, 2, image_size=32)
     inputs = inputs_for(case)
-    module = PROVIDERS["plain"].module(case, inputs)
+    module = made("plain", case, inputs)
     flops, peak = count(Workload(case, module, inputs))
     positions = 2 * 8 * 8
     assert flops == 2 * positions * (256 * 128 + 128 * 4 * 9 + 128 * 256)
@@ -251,7 +255,7 @@ def test_draws_have_no_gradient_that_hangs_on_rounding(level, stage):
         inputs, reference = _draw(case, draw)
         exact = inputs.cast(torch.float64)
         with torch.no_grad(), _Arguments(KINK) as arguments:
-            PROVIDERS["reference"].module(case, exact, torch.float64)(exact.x)
+            made("reference", case, exact, torch.float64)(exact.x)
         *inner, last = arguments.near
         assert len(arguments.near) == {"middle": 2, "block": 4}[level]
         assert not any(near.any() for near in inner)
