@@ -37,7 +37,13 @@ OLDEST_TORCH = (2, 10)
 TORCH_TARGET = "0x020a000000000000"  # OLDEST_TORCH, as torch's headers spell it
 INSTALL = "pip install 'torch>=2.10' 'setuptools>=77' wheel pybind11 ninja"
 
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+# As ninja sees it from the build folder. Relative: in a copy of the whole tree the objects stay valid.
+SEEN_CSRC = Path("../../csrc")
+
 COMPILE_FLAGS = [
+    f"-I{SEEN_CSRC}",
     "-std=c++17",
     "-O3",
     "-fPIC",
@@ -180,56 +186,47 @@ class Library(NamedTuple):
     flags: list[str]
 
 
-def include_flags(folders: Iterable[Path], system: bool = False) -> list[str]:
-    return [f"{'-isystem' if system else '-I'}{folder}" for folder in folders]  # no warnings from system headers
+def system_includes(folders: Iterable[Path]) -> list[str]:
+    return [f"-isystem{folder}" for folder in folders]  # no warnings from there
 
 
-def op_library(csrc: Path, torch: Path) -> Library:
-    """``_ops.so``. Only ``binding`` sources see torch; the kernels' see nothing but ``csrc``."""
+def op_library(torch: Path) -> Library:
+    """``_ops.so``. Only ``binding`` sources see torch; the kernels see nothing but ``csrc``."""
     machine = platform.machine().lower()
     if machine not in LEVELS:
         raise stop(
             f"its C++ kernels are for x86-64 and 64-bit Arm, and this is {machine}.", "Nothing of it runs there yet."
         )
     levels = LEVELS[machine]
-    table = csrc / "cpu/table_isa.cpp"
+    table = CSRC / "cpu/table_isa.cpp"
     kernels = [
-        Object(
-            f"kernels/{level}-{dtype}.o",
-            table,
-            [*include_flags([csrc]), *flags, f"-DVCR_LEVEL={level}", f"-DVCR_DTYPE={dtype}"],
-        )
+        Object(f"kernels/{level}-{dtype}.o", table, [*flags, f"-DVCR_LEVEL={level}", f"-DVCR_DTYPE={dtype}"])
         for dtype in DTYPES
         for level, flags in reversed(levels.items())
     ]
-    others = [path for path in csrc.glob("cpu/*.cpp") if path != table]
-    bindings = [
-        path for path in (*csrc.glob("*/binding_cpu.cpp"), *csrc.glob("binding/*.cpp")) if path.name != "module.cpp"
-    ]
-    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *include_flags([torch / "include"], system=True)]
-    objects = [
-        Object(f"ops/{path.relative_to(csrc).with_suffix('.o')}", path, include_flags([csrc]))
-        for path in sorted(others)
-    ]
-    objects += [
-        Object(f"ops/{path.relative_to(csrc).with_suffix('.o')}", path, [*include_flags([csrc]), *torch_flags])
-        for path in sorted(bindings)
+    plain = [path for path in CSRC.glob("cpu/*.cpp") if path != table]
+    bindings = [*CSRC.glob("*/binding_cpu.cpp"), CSRC / "binding/library.cpp"]
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *system_includes([torch / "include"])]
+    others = [
+        Object(f"ops/{path.relative_to(CSRC).with_suffix('.o')}", path, flags)
+        for paths, flags in ((plain, []), (bindings, torch_flags))
+        for path in sorted(paths)
     ]
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":
         # Every symbol must be found now, not at load time. No -rpath: torch is in memory before this library is.
         link += ["-Wl,--no-undefined", "-Wl,--as-needed", f"-Wl,-rpath-link,{torch / 'lib'}"]
-    return Library("_ops.so", [*kernels, *objects], link)
+    return Library("_ops.so", [*kernels, *others], link)
 
 
-def info_module(csrc: Path, version: str) -> Library:
+def info_module(version: str) -> Library:
     """``_C``."""
     defines = [f'-DVCR_OPS_VERSION="{version}"', f'-DVCR_TORCH_VERSION="{metadata.version("torch")}"']
-    flags = ["-O1", *include_flags([csrc]), *include_flags(python_includes(), system=True), *defines]
+    flags = ["-O1", *system_includes(python_includes()), *defines]
     link = ["-shared"] if sys.platform == "linux" else ["-shared", "-undefined", "dynamic_lookup"]
     return Library(
         f"_C{sysconfig.get_config_var('EXT_SUFFIX')}",
-        [Object("info/module.o", csrc / "binding/module.cpp", flags)],
+        [Object("info/module.o", CSRC / "binding/module.cpp", flags)],
         link,
     )
 
@@ -257,7 +254,7 @@ def ninja_file(command: list[str], libraries: list[Library]) -> str:
     for library in libraries:
         for each in library.objects:
             lines += [
-                f"build {path(each.name)}: cxx {path(each.source)}",
+                f"build {path(each.name)}: cxx {path(SEEN_CSRC / each.source.relative_to(CSRC))}",
                 f"  flags = {shell([*each.flags, *compile_extra])}",
             ]
         objects = " ".join(path(each.name) for each in library.objects)
@@ -277,12 +274,10 @@ class BuildNative(build_ext):
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        root = Path(__file__).resolve().parent
-        csrc = root / "csrc"
-        libraries = [op_library(csrc, torch_root()), info_module(csrc, self.distribution.get_version())]
+        libraries = [op_library(torch_root()), info_module(self.distribution.get_version())]
         text = ninja_file(compiler(), libraries)
         kind = "-strict" if strict() else ""  # apart, so that neither build makes the other start anew
-        folder = root / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{kind}"
+        folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / "build.ninja"
         if not plan.is_file() or plan.read_text() != text:
