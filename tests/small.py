@@ -46,9 +46,9 @@ def feature_map(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32, 
 
 def results(module: nn.Module, y: Tensor, call: Any = None) -> dict[str, Tensor]:
     """Output, gradients of the input and every parameter, and the buffers after one step on a copy of the module."""
-    module = copy.deepcopy(module) if call is None else module
-    call = call or module
-    y = y.detach().requires_grad_()
+    if call is None:
+        call = module = copy.deepcopy(module)
+    y = y.requires_grad_()  # the tensor itself: it may be marked
     out = call(y)
     grad = feature_map(*out.shape, seed=2, dtype=out.dtype)
     names = [name for name, p in module.named_parameters() if p.requires_grad]

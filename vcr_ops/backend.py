@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import library
 
@@ -24,7 +25,8 @@ ENVIRONMENT = os.environ.get("VCR_OPS_BACKEND", "")
 class Case(NamedTuple):
     """What a backend's ability depends on.
 
-    ``device``: a device type, as "cpu". ``tracing``: "" or what is rewriting the op: "torch.func" or "ONNX export".
+    ``device``: a device type, as "cpu". ``tracing``: "" or what is rewriting the op, as :func:`tracing`
+    says.
     """
 
     device: str
@@ -103,10 +105,12 @@ class use_backend(ContextDecorator):
 
 
 def tracing() -> str:
-    """What is rewriting the ops that are called now: "", "torch.func" or "ONNX export"."""
+    """What is rewriting the ops that are called now: "", "torch.func", "forward-mode AD" or "ONNX export"."""
     if torch.compiler.is_compiling():
         return "ONNX export" if torch.onnx.is_in_onnx_export() else ""
-    return "torch.func" if torch._C._are_functorch_transforms_active() else ""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    return "forward-mode AD" if forward_ad._current_level >= 0 else ""
 
 
 def choose(requested: str | None, case: Case) -> tuple[Backend, str]:

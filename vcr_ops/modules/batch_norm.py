@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
+from ..backend import tracing
+
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -107,12 +109,21 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool)
                 running.append(kept)
                 batch.append(new)
                 momenta.append((bn.momentum, counter))
-    if counters:
+    together = tracing() != "torch.func"  # which has no rules for lists of tensors
+    if counters and together:
         torch._foreach_add_(counters, 1)
+    elif counters:
+        for counter in counters:
+            counter.add_(1)
     if empty or not running:
         return
     momentum = momenta[0][0]
-    if momentum is not None and all(m[0] == momentum for m in momenta) and all(map(_same_dtype, running, batch)):
+    if (
+        together
+        and momentum is not None
+        and all(m[0] == momentum for m in momenta)
+        and all(map(_same_dtype, running, batch))
+    ):
         torch._foreach_lerp_(running, batch, momentum)
         return
     for kept, new, (momentum, counter) in zip(running, batch, momenta, strict=True):
