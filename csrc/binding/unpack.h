@@ -49,6 +49,8 @@ auto dispatch(const Tensor& map, F f) {
   }
 }
 
+constexpr int64_t max_rank = 16;
+
 // Sizes and strides of a (N, C p, *spatial) tensor with its spatial dimensions flattened.
 struct MapShape {
   int64_t N = 0, channels = 0, S = 1;
@@ -80,7 +82,7 @@ struct MapShape {
     if (flat && position == 1 && (channel >= S || S == 1)) {
       in_place = true;
       dense = channel == S && (N == 1 || image == channels * S);
-    } else if (flat && channel == 1 && position >= channels && t.dim() <= 5) {
+    } else if (flat && channel == 1 && position >= channels) {
       in_place = channels_last = true;
       dense = position == channels && (N == 1 || image == channels * S);
     }
@@ -96,16 +98,40 @@ inline Problem problem_of(const MapShape& y, const Tensor& value) {
 
 inline Tensor dense_contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
 
-// A new map of `like`'s sizes and dtype, dense, channels_last where asked.
+// A new tensor on the CPU, by the C shim that stable::new_empty would reach through the dispatcher's table of names (1 us each).
+inline Tensor new_tensor(const int64_t* size, const int64_t* stride, int64_t rank, ScalarType type) {
+  AtenTensorHandle handle;
+  const int32_t code = type == ScalarType::Double     ? aoti_torch_dtype_float64()
+                       : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                      : aoti_torch_dtype_float32();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor new_contiguous(const int64_t* size, int64_t rank, ScalarType type) {
+  require(rank <= max_rank, "too many dimensions");
+  int64_t stride[max_rank];
+  for (int64_t d = rank - 1, next = 1; d >= 0; --d) {
+    stride[d] = next;
+    next *= size[d] > 1 ? size[d] : 1;
+  }
+  return new_tensor(size, stride, rank, type);
+}
+
+// A new map of `like`'s sizes and dtype, dense, channels_last where `shape` is.
 inline Tensor new_map(const Tensor& like, const MapShape& shape) {
-  if (shape.dense) return torch::stable::empty_like(like);
   const auto size = like.sizes();
-  const std::vector<int64_t> sizes(size.begin(), size.end());
-  if (!shape.channels_last) return torch::stable::new_empty(like, sizes);
-  if (like.dim() == 3) return torch::stable::transpose(torch::stable::new_empty(like, {size[0], size[2], size[1]}), 1, 2);
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              like.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+  const int64_t rank = int64_t(size.size());
+  if (!shape.channels_last) return new_contiguous(size.data(), rank, like.scalar_type());
+  require(rank <= max_rank, "too many dimensions");
+  int64_t stride[max_rank];
+  stride[1] = 1;
+  int64_t next = shape.channels;
+  for (int64_t d = rank - 1; d >= 2; --d) {
+    stride[d] = next;
+    next *= size[d] > 1 ? size[d] : 1;
+  }
+  stride[0] = next;
+  return new_tensor(size.data(), stride, rank, like.scalar_type());
 }
 
 // A map to read: in place where the kernels can walk it, else through one dense copy.
@@ -173,15 +199,15 @@ A* data(Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());
 }
 template <class A>
-Tensor new_small(const Tensor& like, std::initializer_list<int64_t> size) {
-  return torch::stable::new_empty(like, size, scalar_type<A>());
+Tensor new_small(std::initializer_list<int64_t> size) {
+  return new_contiguous(size.begin(), int64_t(size.size()), scalar_type<A>());
 }
 // A gradient in accumulation type; 0 elements where the parameter is absent.
 template <class A>
-Tensor new_gradient(const Tensor& like, const OptionalTensor& parameter) {
-  if (!parameter.has_value()) return new_small<A>(like, {0});
+Tensor new_gradient(const OptionalTensor& parameter) {
+  if (!parameter.has_value()) return new_small<A>({0});
   const auto size = parameter->sizes();
-  return torch::stable::new_empty(like, std::vector<int64_t>(size.begin(), size.end()), scalar_type<A>());
+  return new_contiguous(size.data(), int64_t(size.size()), scalar_type<A>());
 }
 inline Tensor in_type_of(Tensor gradient, const OptionalTensor& parameter) {
   if (!parameter.has_value() || parameter->scalar_type() == gradient.scalar_type()) return gradient;

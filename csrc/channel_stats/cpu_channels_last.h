@@ -53,7 +53,8 @@ void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, ac
     };
     while (r + together_rows <= rows) block(std::integral_constant<int, together_rows>{});
     while (r < rows) block(std::integral_constant<int, 1>{});
-    const double merged = double(i) * double(rows) / double(i + rows), per_block = 1.0 / double(rows), per_before = i ? 1.0 / double(i) : 0.0;
+    const double merged = double(i) * double(rows) / double(i + rows), per_block = 1.0 / double(rows),
+                 per_before = i ? 1.0 / double(i) : 0.0;
     for (int64_t j = 0; j < count; ++j) {
       const double block_sum = double(run_sum[j]), before = i ? sum[j] : 0.0, delta = block_sum * per_block - before * per_before;
       m2[j] = double(run_squares[j]) + (i ? m2[j] + delta * delta * merged : 0.0);

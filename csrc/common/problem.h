@@ -29,7 +29,16 @@ struct Parallel {
 };
 
 // The passes that are timed when profiling is on; names as in vcr_ops.explain.
-enum class Pass { channel_stats, concept_sample, reason, concept_modulate, modulate_backward_sums, small_gradients, middle_input_grad, count };
+enum class Pass {
+  channel_stats,
+  concept_sample,
+  reason,
+  concept_modulate,
+  modulate_backward_sums,
+  small_gradients,
+  middle_input_grad,
+  count
+};
 // Called at the end of each pass; null unless profiling.
 using PassClock = void (*)(Pass);
 

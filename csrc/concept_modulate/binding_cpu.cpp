@@ -15,8 +15,8 @@ Problem problem_of_states(const MapShape& z, const Tensor& state) {
 }
 
 template <class A>
-ModulatorWeights<A> unpack_weights(Params<A>& get, const Problem& pr, const OptionalTensor& scale_weight, const OptionalTensor& shift_weight,
-                                   const Tensor& scale_bias, const Tensor& shift_bias) {
+ModulatorWeights<A> unpack_weights(Params<A>& get, const Problem& pr, const OptionalTensor& scale_weight,
+                                   const OptionalTensor& shift_weight, const Tensor& scale_bias, const Tensor& shift_bias) {
   const int64_t weights = pr.channels() * pr.pt;
   return {get(scale_weight, weights, "scale_weight"), get(shift_weight, weights, "shift_weight"),
           get(scale_bias, pr.channels(), "scale_bias"), get(shift_bias, pr.channels(), "shift_bias")};
@@ -61,9 +61,9 @@ Backward modulate_backward(const Tensor& grad_out, const Tensor& z, const Tensor
     f.state = get(state, pr.N * pr.C * pr.pt, "state");
     f.attention = get(attention, pr.N * pr.C * pr.S, "attention");
     Tensor dz = new_map(map.tensor(), map.shape());
-    Tensor dstate = new_gradient<A>(z, state), dscale = new_gradient<A>(z, scale_weight), dshift = new_gradient<A>(z, shift_weight);
-    Tensor dscale_bias = new_gradient<A>(z, scale_bias), dshift_bias = new_gradient<A>(z, shift_bias);
-    Tensor dattention = new_gradient<A>(z, attention);
+    Tensor dstate = new_gradient<A>(state), dscale = new_gradient<A>(scale_weight), dshift = new_gradient<A>(shift_weight);
+    Tensor dscale_bias = new_gradient<A>(scale_bias), dshift_bias = new_gradient<A>(shift_bias);
+    Tensor dattention = new_gradient<A>(attention);
     f.z = map.template map<T>();
     f.grad_out = grad.template map<T>();
     f.dz = output_map<T>(dz);

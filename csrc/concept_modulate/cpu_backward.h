@@ -18,7 +18,8 @@ struct ModulatorGrads {
 template <class A>
 VCR_INLINE A dot(const A* x, const A* y, int64_t count) {
   vec<A> acc = zeros<A>();
-  for_vectors<A>(count, [&](int64_t i, auto whole, int some) { acc = fma(load_some<whole()>(x + i, some), load_some<whole()>(y + i, some), acc); });
+  for_vectors<A>(
+      count, [&](int64_t i, auto whole, int some) { acc = fma(load_some<whole()>(x + i, some), load_some<whole()>(y + i, some), acc); });
   return hsum<A>(acc);
 }
 

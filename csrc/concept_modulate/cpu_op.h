@@ -78,12 +78,12 @@ struct ModulateForwardCpu {
         for_each(f.pool, pr.N * stage.CP, [&](int64_t i) {
           const int64_t n = i / stage.CP, j = i % stage.CP;
           const ModulateArgs<A> m = stage.args(n, 0);
-          modulate_row(f.z.at(n, j, 0), f.out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j]);
+          modulate_row(f.z.at(n, j, 0), f.out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j], false);
         });
       else
         for_each(f.pool, pr.N * pr.S, [&](int64_t i) {
           const ModulateArgs<A> m = stage.args(i / pr.S, 0);
-          modulate_position(f.z.at(i / pr.S, 0, i % pr.S), f.out.at(i / pr.S, 0, i % pr.S), stage.CP, m.mu, m.A0, m.B0);
+          modulate_position(f.z.at(i / pr.S, 0, i % pr.S), f.out.at(i / pr.S, 0, i % pr.S), stage.CP, m.mu, m.A0, m.B0, false);
         });
       return;
     }

@@ -33,9 +33,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason(const Tensor& h, const Optiona
     require(f.edges == Edges::none || f.edge != nullptr, "dynamic and static edges take edge");
     f.weight = get(weight, f.pt, "weight");
     f.bias = get(bias, f.pt, "bias");
-    Tensor statistics = new_small<A>(h, {2 * f.pt}), state = new_small<A>(h, {f.N, f.C, f.pt});
-    Tensor saved = new_small<A>(h, {states + square + 2 * f.pt});
-    Tensor new_mean = new_small<A>(h, {f.batch ? f.pt : 0}), new_var = new_small<A>(h, {f.batch ? f.pt : 0});
+    Tensor statistics = new_small<A>({2 * f.pt}), state = new_small<A>({f.N, f.C, f.pt});
+    Tensor saved = new_small<A>({states + square + 2 * f.pt});
+    Tensor new_mean = new_small<A>({f.batch ? f.pt : 0}), new_var = new_small<A>({f.batch ? f.pt : 0});
     if (f.batch) {
       f.mean = data<A>(new_mean), f.var = data<A>(new_var);
     } else {
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason(const Tensor& h, const Optiona
     f.xhat = data<A>(saved), f.a = f.xhat + states, f.rstd = f.a + square;
     f.pool = torch_pool();
     kernels<A>().reason_forward(f);
-    if (!save) saved = new_small<A>(h, {0});
+    if (!save) saved = new_small<A>({0});
     return {state, new_mean, new_var, saved};
   });
 }
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     f.weight = get(weight, f.pt, "weight");
     f.bias = get(bias, f.pt, "bias");
     f.xhat = static_cast<const A*>(saved.const_data_ptr()), f.a = f.xhat + states, f.rstd = f.a + square;
-    Tensor dh = new_small<A>(h, {f.N, f.C, f.pt}), dedge = new_gradient<A>(h, edge);
-    Tensor dweight = new_gradient<A>(h, weight), dbias = new_gradient<A>(h, bias), unused = new_small<A>(h, {2 * f.pt});
+    Tensor dh = new_small<A>({f.N, f.C, f.pt}), dedge = new_gradient<A>(edge);
+    Tensor dweight = new_gradient<A>(weight), dbias = new_gradient<A>(bias), unused = new_small<A>({2 * f.pt});
     f.dh = data<A>(dh);
     f.dedge = edge.has_value() ? data<A>(dedge) : nullptr;
     f.dweight = weight.has_value() ? data<A>(dweight) : data<A>(unused);
@@ -88,7 +88,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "concept_reason(Tensor h, Tensor? edge, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, str edges, bool save) -> "
       "(Tensor state, Tensor mean, Tensor var, Tensor saved)");
   m.def(
-      "concept_reason_backward(Tensor dstate, Tensor h, Tensor? edge, Tensor? weight, Tensor? bias, Tensor saved, str edges, bool batch) -> "
+      "concept_reason_backward(Tensor dstate, Tensor h, Tensor? edge, Tensor? weight, Tensor? bias, Tensor saved, str edges, bool batch) "
+      "-> "
       "(Tensor dh, Tensor dedge, Tensor dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {

@@ -78,8 +78,8 @@ void state_statistics(int64_t rows, int64_t pt, const A* g, A* mean, A* variance
 
 // xhat = (g - mean) rstd, state = relu(xhat * weight + bias); weight and bias may be null. xhat may be g.
 template <class A>
-VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const A* mean, const A* rstd, const A* weight, const A* bias, A* xhat,
-                                 A* state) {
+VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const A* mean, const A* rstd, const A* weight, const A* bias,
+                                 A* xhat, A* state) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
       const A x = (g[r * pt + k] - mean[k]) * rstd[k];
@@ -193,8 +193,7 @@ void reasoner_edges_backward(const Parallel& pool, int64_t N, int64_t C, int64_t
     for (int64_t n = 0; n < N; ++n) sum += partial[n * share + i];
     dedge[i] = sum;
   }
-  if (edges == Edges::static_edges)
-    for_each(pool, C, [&](int64_t c) { static_edge_gradient_row(N, C, pt, c, dg, h, dedge + c * C); });
+  if (edges == Edges::static_edges) for_each(pool, C, [&](int64_t c) { static_edge_gradient_row(N, C, pt, c, dg, h, dedge + c * C); });
 }
 
 }  // namespace

@@ -41,10 +41,10 @@ struct SampleWeights {
 // What the forward pass keeps of every (image, concept).
 template <class A>
 struct SampleState {
-  A *m, *u, *r;          // [N, C p]: mean, score vector, centred weighted mean
-  A *q, *h;              // [N, C, pt]
-  Softmax<A>* softmax;   // [N, C]
-  A* R;                  // [N, C p, pt] or null without a backward pass
+  A *m, *u, *r;         // [N, C p]: mean, score vector, centred weighted mean
+  A *q, *h;             // [N, C, pt]
+  Softmax<A>* softmax;  // [N, C]
+  A* R;                 // [N, C p, pt] or null without a backward pass
 };
 
 template <class T>
@@ -85,7 +85,8 @@ SampleState<A> sample_state(const Problem& pr, A* saved, A* h, bool training) {
   const int64_t map = pr.N * pr.channels(), states = pr.N * pr.C * pr.pt;
   A* q = saved + 3 * map;
   A* softmax = q + states;
-  return {saved, saved + map, saved + 2 * map, q, h, reinterpret_cast<Softmax<A>*>(softmax), training ? softmax + 3 * pr.N * pr.C : nullptr};
+  return {
+      saved, saved + map, saved + 2 * map, q, h, reinterpret_cast<Softmax<A>*>(softmax), training ? softmax + 3 * pr.N * pr.C : nullptr};
 }
 
 }  // namespace vcr

@@ -35,15 +35,15 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& z, const Tensor& value, 
     f.sampler = variant<Sampler>(sampler_names, sampler, "sampler");
     Params<A> get;
     f.weights = unpack_weights(get, pr, f.sampler, value, query, key, logit);
-    Tensor h = new_small<A>(z, {pr.N, pr.C, pr.pt});
+    Tensor h = new_small<A>({pr.N, pr.C, pr.pt});
     std::vector<int64_t> size{0};
     if (need_attention) {
       const auto all = z.sizes();
       size.assign(all.begin(), all.end());
       size[1] = pr.C;
     }
-    Tensor attention = torch::stable::new_empty(z, size, scalar_type<A>());
-    Tensor saved = new_small<A>(z, {sample_saved_size<A>(pr, save)});
+    Tensor attention = new_contiguous(size.data(), int64_t(size.size()), scalar_type<A>());
+    Tensor saved = new_small<A>({sample_saved_size<A>(pr, save)});
     f.z = map.template map<T>();
     f.saved = data<A>(saved);
     f.h = data<A>(h);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& z, const Tensor& value, 
     f.save = save;
     f.pool = torch_pool();
     kernels<T>().sample_forward(f);
-    if (!save) saved = new_small<A>(z, {0});
+    if (!save) saved = new_small<A>({0});
     return {h, attention, saved};
   });
 }
@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_backward(const Tensor&
     f.dh = get(dh, pr.N * pr.C * pr.pt, "dh");
     f.dattention = get(dattention, pr.N * pr.C * pr.S, "dattention");
     Tensor dz = new_map(map.tensor(), map.shape());
-    Tensor dvalue = new_gradient<A>(z, value), dquery = new_gradient<A>(z, query), dkey = new_gradient<A>(z, key);
-    Tensor dlogit = new_gradient<A>(z, logit);
+    Tensor dvalue = new_gradient<A>(value), dquery = new_gradient<A>(query), dkey = new_gradient<A>(key);
+    Tensor dlogit = new_gradient<A>(logit);
     f.z = map.template map<T>();
     f.dz = output_map<T>(dz);
     f.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));

@@ -21,8 +21,7 @@ void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view,
   if (sampler == Sampler::pool) {
     for (int64_t j = 0; j < pr.p; ++j) r[j] = to.m[at + j] - a.mu[j];
   } else {
-    to.softmax[n * pr.C + c] =
-        sample_tile<P, PT>(pr, tile, a, w.value + weights, count_ties, e, r, to.R ? to.R + at * pr.pt : nullptr);
+    to.softmax[n * pr.C + c] = sample_tile<P, PT>(pr, tile, a, w.value + weights, count_ties, e, r, to.R ? to.R + at * pr.pt : nullptr);
   }
   sample_epilogue<P, PT>(pr, a, r, w.value + weights, to.h + k, v);
   if (attention != nullptr) {

@@ -36,7 +36,8 @@ struct SampleBackwardCpu {
     const SampleState<A> state = sample_state(pr, f.saved, static_cast<A*>(nullptr), true);
     Scratch<A> constants(3 * CP), memory(4 * pr.N * CP + NC + (extra_wanted ? NC * pr.S : 0));
     A *ones = constants.get(), *unused = ones + CP, *zero = unused + CP;  // without a batch norm nobody asks for ds and db
-    A *v = memory.get(), *dr = v + pr.N * CP, *constant = dr + pr.N * CP, *K1 = constant + pr.N * CP, *rdr = K1 + pr.N * CP, *extra = rdr + NC;
+    A *v = memory.get(), *dr = v + pr.N * CP, *constant = dr + pr.N * CP, *K1 = constant + pr.N * CP, *rdr = K1 + pr.N * CP,
+      *extra = rdr + NC;
     for (int64_t j = 0; j < CP; ++j) ones[j] = 1, zero[j] = 0;
     const NormView<A> view{state.m, ones, state.m, CP};
     const auto for_groups = [&](int64_t scratch_size, auto body) {
@@ -50,8 +51,8 @@ struct SampleBackwardCpu {
       for_groups(round_up(pr.S, 16) + sample_block, [&](int64_t n, int64_t c0, int64_t c1, A* scratch, A* buffer) {
         visit_tiles(pr, f.z, n, c0, c1, buffer, [&](int64_t c, auto tile) {
           const int64_t at = n * CP + c * pr.p, i = n * pr.C + c;
-          attention_gradient(pr, tile, view.concept_args(pr, n, c, state.u + at), state.softmax[i], f.dattention + i * pr.S, extra + i * pr.S,
-                             K1 + at, scratch);
+          attention_gradient(pr, tile, view.concept_args(pr, n, c, state.u + at), state.softmax[i], f.dattention + i * pr.S,
+                             extra + i * pr.S, K1 + at, scratch);
         });
       });
     }
@@ -67,10 +68,10 @@ struct SampleBackwardCpu {
                                sums + pr.p};
         for (int64_t n = 0; n < pr.N; ++n) {
           const int64_t at = n * CP + c * pr.p, k = (n * pr.C + c) * pr.pt;
-          sample_backward<P, PT>(pr, f.sampler, view.concept_args(pr, n, c, nullptr), f.weights.value + weights, offset(f.weights.query, weights),
-                                 offset(f.weights.key, weights), f.dh + k, state.m + at, state.u + at, state.r + at, state.q + k,
-                                 state.R + at * pr.pt, extra_wanted ? K1 + at : nullptr, g, dr + at, v + at, constant + at,
-                                 rdr[n * pr.C + c], scratch.get());
+          sample_backward<P, PT>(pr, f.sampler, view.concept_args(pr, n, c, nullptr), f.weights.value + weights,
+                                 offset(f.weights.query, weights), offset(f.weights.key, weights), f.dh + k, state.m + at, state.u + at,
+                                 state.r + at, state.q + k, state.R + at * pr.pt, extra_wanted ? K1 + at : nullptr, g, dr + at, v + at,
+                                 constant + at, rdr[n * pr.C + c], scratch.get());
         }
       }
     });
@@ -83,8 +84,17 @@ struct SampleBackwardCpu {
         for (int64_t c = c0; c < c1; ++c) {
           const int64_t at = n * CP + c * pr.p, i = n * pr.C + c;
           const ModulateArgs<A> unmodulated{state.m + at, nullptr, nullptr, nullptr, nullptr};
-          const InputGradArgs<A> g{unmodulated, v + at, dr + at, constant + at, zero, extra_wanted ? extra + i * pr.S : nullptr,
-                                   state.softmax[i], rdr[i], A(0), f.sampler != Sampler::pool};
+          const InputGradArgs<A> g{unmodulated,
+                                   v + at,
+                                   dr + at,
+                                   constant + at,
+                                   zero,
+                                   extra_wanted ? extra + i * pr.S : nullptr,
+                                   state.softmax[i],
+                                   rdr[i],
+                                   A(0),
+                                   f.sampler != Sampler::pool,
+                                   false};
           if (contiguous) {
             const Tile<T> none{nullptr, 0};
             input_grad_block<P, false, false>(Tile<T>{f.z.at(n, c * pr.p, begin), f.z.channel}, none, f.dz.at(n, c * pr.p, begin),

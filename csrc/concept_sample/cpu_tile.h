@@ -51,8 +51,12 @@ template <class A>
 VCR_INLINE Softmax<A> softmax_inplace(A* weights, int64_t S, bool count_ties) {
   constexpr int W = lanes<A>;
   const int64_t padded = round_up(S, W);
-  vec<A> top = load(weights);
-  for (int64_t i = W; i < padded; i += W) top = maximum<A>(top, load(weights + i));
+  vec<A> top = load(weights), other = top;
+  for (int64_t i = W; i < padded; i += 2 * W) {
+    top = maximum<A>(top, load(weights + i));
+    if (i + W < padded) other = maximum<A>(other, load(weights + i + W));
+  }
+  top = maximum<A>(top, other);
   Softmax<A> out{hmax<A>(top), 0, 1};
   const vec<A> m = splat(out.maximum);
   if (count_ties) {
@@ -62,22 +66,21 @@ VCR_INLINE Softmax<A> softmax_inplace(A* weights, int64_t S, bool count_ties) {
   }
   double sum = 0;
   for (int64_t block = 0; block < padded; block += sample_block) {
-    vec<A> s0 = zeros<A>(), s1 = s0;
+    vec<A> s[4] = {};
     const int64_t end = min(padded, block + sample_block);
     int64_t i = block;
-    for (; i + 2 * W <= end; i += 2 * W) {
-      const vec<A> e0 = exp_nonpositive(load(weights + i) - m), e1 = exp_nonpositive(load(weights + i + W) - m);
-      store(weights + i, e0);
-      store(weights + i + W, e1);
-      s0 += e0;
-      s1 += e1;
-    }
-    if (i < end) {
+    for (; i + 4 * W <= end; i += 4 * W)
+      unroll<4>([&](auto K) {
+        const vec<A> e = exp_nonpositive(load(weights + i + K * W) - m);
+        store(weights + i + K * W, e);
+        s[K] += e;
+      });
+    for (; i < end; i += W) {
       const vec<A> e = exp_nonpositive(load(weights + i) - m);
       store(weights + i, e);
-      s0 += e;
+      s[0] += e;
     }
-    sum += double(hsum<A>(s0 + s1));
+    sum += double(hsum<A>((s[0] + s[1]) + (s[2] + s[3])));
   }
   out.sum = A(sum);
   return out;
@@ -85,8 +88,7 @@ VCR_INLINE Softmax<A> softmax_inplace(A* weights, int64_t S, bool count_ties) {
 
 // r[j] += sum_i e_i yhat[j, i] over one block.
 template <int P, class T>
-VCR_INLINE void add_first_moment(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* e,
-                                 acc_t<T>* r) {
+VCR_INLINE void add_first_moment(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* e, acc_t<T>* r) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>, together = P > 0 && P % W == 0 ? W : P > 0 && P % 4 == 0 ? 4 : 1;
   const int64_t p = P > 0 ? P : p_;

@@ -5,8 +5,8 @@
 
 namespace vcr {
 
-#define VCR_DECLARE(level)                          \
-  extern const Kernels<float> kernels_##level##_float; \
+#define VCR_DECLARE(level)                               \
+  extern const Kernels<float> kernels_##level##_float;   \
   extern const Kernels<double> kernels_##level##_double; \
   extern const Kernels<bf16> kernels_##level##_bf16;
 #if defined(__x86_64__)
@@ -30,7 +30,8 @@ struct Level {
   const Kernels<bf16>* bf16_kernels;
 };
 
-#define VCR_LEVEL_ROW(level, test) {#level, [] { return bool(test); }, &kernels_##level##_float, &kernels_##level##_double, &kernels_##level##_bf16}
+#define VCR_LEVEL_ROW(level, test) \
+  {#level, [] { return bool(test); }, &kernels_##level##_float, &kernels_##level##_double, &kernels_##level##_bf16}
 const Level levels[] = {
 #if defined(__x86_64__)
     VCR_LEVEL_ROW(baseline, true),
@@ -54,8 +55,8 @@ const Level& choose() {
     names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
   if (asked != nullptr && *asked != '\0')
-    throw std::runtime_error("VCR_OPS_ISA is '" + std::string(asked) + "', which this machine or this build doesn't have; it takes one of: " +
-                             names + " (or leave it unset)");
+    throw std::runtime_error("VCR_OPS_ISA is '" + std::string(asked) +
+                             "', which this machine or this build doesn't have; it takes one of: " + names + " (or leave it unset)");
   return *best;
 }
 

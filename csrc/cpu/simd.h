@@ -187,6 +187,23 @@ VCR_INLINE void store_partial(T* to, vec<acc_t<T>> x, int count) {
   store(y, x);
   for (int i = 0; i < count; ++i) to[i] = narrow<T>(y[i]);
 }
+// Past the caches: spares the read of a line that is about to be overwritten whole. `to` is aligned to a vector.
+template <class T>
+VCR_INLINE void store_stream(T* to, vec<acc_t<T>> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_stream_ps(to, x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_stream_ps(to, x);
+#endif
+  store(to, x);
+}
+VCR_INLINE bool can_stream(const void* to) { return reinterpret_cast<uintptr_t>(to) % VCR_VECTOR_BYTES == 0; }
+// Streaming stores are ordered before whatever follows this.
+VCR_INLINE void finish_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 VCR_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 VCR_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
@@ -201,6 +218,11 @@ VCR_INLINE vec<A> keep_first(vec<A> x, int count) {
 // max and relu keep NaN: a comparison with NaN is false.
 template <class A>
 VCR_INLINE vec<A> maximum(vec<A> a, vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_max_ps(b, a);  // the second operand where either is NaN
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_max_ps(b, a);
+#endif
   return a < b ? b : a;
 }
 template <class A>
@@ -253,11 +275,11 @@ template <int kind, int W>
 constexpr int pair_index(int i) {
   const int lane = i / 4, k = i % 4;
   switch (kind) {
-    case 0: return 4 * lane + k / 2 + (k % 2) * W;                       // low halves, interleaved by element
-    case 1: return 4 * lane + 2 + k / 2 + (k % 2) * W;                   // high halves, likewise
-    case 2: return 4 * lane + k % 2 + (k / 2) * W;                       // low pairs
-    case 3: return 4 * lane + 2 + k % 2 + (k / 2) * W;                   // high pairs
-    case 4: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4)) + k;   // even 128-bit lanes of a, then of b
+    case 0: return 4 * lane + k / 2 + (k % 2) * W;                           // low halves, interleaved by element
+    case 1: return 4 * lane + 2 + k / 2 + (k % 2) * W;                       // high halves, likewise
+    case 2: return 4 * lane + k % 2 + (k / 2) * W;                           // low pairs
+    case 3: return 4 * lane + 2 + k % 2 + (k / 2) * W;                       // high pairs
+    case 4: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4)) + k;       // even 128-bit lanes of a, then of b
     default: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4) + 1) + k;  // odd ones
   }
 }
@@ -305,8 +327,7 @@ VCR_INLINE vec<A> sum_rows(const vec<A>* rows) {
     return out;
   } else {
     vec<A> half[W / 2], quarter[W / 4];
-    for (int i = 0; i < W / 2; ++i)
-      half[i] = pair<0>(rows[2 * i], rows[2 * i + 1]) + pair<1>(rows[2 * i], rows[2 * i + 1]);
+    for (int i = 0; i < W / 2; ++i) half[i] = pair<0>(rows[2 * i], rows[2 * i + 1]) + pair<1>(rows[2 * i], rows[2 * i + 1]);
     for (int i = 0; i < W / 4; ++i) quarter[i] = pair<2>(half[2 * i], half[2 * i + 1]) + pair<3>(half[2 * i], half[2 * i + 1]);
     if constexpr (W == 4) {
       return quarter[0];
@@ -354,7 +375,7 @@ VCR_INLINE void transpose(vec<float>* rows) {
 VCR_INLINE vec<float> exp_nonpositive(vec<float> x) {
   using bits_t = mask_t<float>;
   const vec<float> lowest = splat(-87.3f);  // below, exp(x) is subnormal: 0
-  const vec<float> y = x < lowest ? lowest : x;
+  const vec<float> y = maximum<float>(x, lowest);
   const vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const vec<float> shifted = fma(y, splat(1.44269504088896341f), magic);
   const vec<float> n = shifted - magic;

@@ -37,13 +37,13 @@ struct MiddleGrads {
 // One array; its size does not depend on the variant. Evaluation needs no more than what stands before `edges`.
 template <class A>
 struct MiddleSaved {
-  A *mu, *rstd, *s;                // [C p]; unused without a batch norm, where every image is centred on its own mean
-  A *m, *u, *r, *abar, *bbar;      // [N, C p]: mean, score vector, centred weighted mean, modulation without its biases
-  A *q, *h, *xhat, *state;         // [N, C, pt]
-  Softmax<A>* softmax;             // [N, C]
-  A *state_rstd, *state_mean;      // [pt]
-  A* edges;                        // [N, C, C] tanh(H We)
-  A* R;                            // [N, C p, pt]
+  A *mu, *rstd, *s;            // [C p]; unused without a batch norm, where every image is centred on its own mean
+  A *m, *u, *r, *abar, *bbar;  // [N, C p]: mean, score vector, centred weighted mean, modulation without its biases
+  A *q, *h, *xhat, *state;     // [N, C, pt]
+  Softmax<A>* softmax;         // [N, C]
+  A *state_rstd, *state_mean;  // [pt]
+  A* edges;                    // [N, C, C] tanh(H We)
+  A* R;                        // [N, C p, pt]
 
   static int64_t size(const Problem& pr, bool training) {
     const int64_t CP = pr.channels(), K = pr.N * pr.C * pr.pt;

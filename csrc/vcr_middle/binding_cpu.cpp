@@ -75,8 +75,8 @@ Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalT
     f.options.norm_eps = norm_eps;
     f.options.state_eps = state_eps;
     Params<A> get;
-    f.params = Learned{norm_weight, norm_bias, value, query, key, logit, edge, state_weight, state_bias, scale_weight, shift_weight,
-                       scale_bias, shift_bias}
+    f.params = Learned{norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
+                       state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias}
                    .template unpack<A>(get, pr, f.options);
     const bool batch = f.options.norm == Norm::batch;
     if (f.options.norm == Norm::given) {
@@ -90,10 +90,10 @@ Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalT
       f.params.state_var = get(state_var, pr.pt, "state_var");
     }
     Tensor out = new_map(map.tensor(), map.shape());
-    Tensor saved = new_small<A>(y, {MiddleSaved<A>::size(pr, save)});
+    Tensor saved = new_small<A>({MiddleSaved<A>::size(pr, save)});
     const int64_t channels = batch ? pr.channels() : 0, states = f.options.state_batch ? pr.pt : 0;
-    Tensor mean = new_small<A>(y, {channels}), variance = new_small<A>(y, {channels});
-    Tensor batch_state_mean = new_small<A>(y, {states}), batch_state_var = new_small<A>(y, {states});
+    Tensor mean = new_small<A>({channels}), variance = new_small<A>({channels});
+    Tensor batch_state_mean = new_small<A>({states}), batch_state_var = new_small<A>({states});
     f.y = map.template map<T>();
     f.out = output_map<T>(out);
     f.saved = data<A>(saved);
@@ -102,20 +102,19 @@ Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalT
     f.pool = torch_pool();
     f.clock = pass_clock();
     kernels<T>().middle_forward(f);
-    if (!save) saved = new_small<A>(y, {0});
+    if (!save) saved = new_small<A>({0});
     return {out, mean, variance, batch_state_mean, batch_state_var, saved};
   });
 }
 
-using Backward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward middle_backward(const Tensor& grad_out, const Tensor& y, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                          const Tensor& value, const OptionalTensor& query, const OptionalTensor& key, const OptionalTensor& logit,
                          const OptionalTensor& edge, const OptionalTensor& state_weight, const OptionalTensor& state_bias,
                          const OptionalTensor& scale_weight, const OptionalTensor& shift_weight, const Tensor& scale_bias,
-                         const Tensor& shift_bias, const Tensor& saved, const std::string norm, bool state_batch,
-                         const std::string sampler, const std::string edges, const std::string modulation) {
+                         const Tensor& shift_bias, const Tensor& saved, const std::string norm, bool state_batch, const std::string sampler,
+                         const std::string edges, const std::string modulation) {
   return dispatch(y, [&](auto type) -> Backward {
     using T = decltype(type);
     using A = acc_t<T>;
@@ -127,21 +126,21 @@ Backward middle_backward(const Tensor& grad_out, const Tensor& y, const Optional
     f.options.state_batch = state_batch;
     require(saved.numel() == MiddleSaved<A>::size(pr, true) && saved.scalar_type() == scalar_type<A>(), "saved has another size or dtype");
     Params<A> get;
-    f.params = Learned{norm_weight, norm_bias, value, query, key, logit, edge, state_weight, state_bias, scale_weight, shift_weight,
-                       scale_bias, shift_bias}
+    f.params = Learned{norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
+                       state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias}
                    .template unpack<A>(get, pr, f.options);
     Tensor dy = new_map(map.tensor(), map.shape());
     f.y = map.template map<T>();
     f.grad_out = grad.template map<T>();
     f.dy = output_map<T>(dy);
     f.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
-    const OptionalTensor parameters[] = {norm_weight, norm_bias,  value,        query,        key,        logit,     edge,
+    const OptionalTensor parameters[] = {norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
                                          state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias};
     Tensor g[13];
-    for (int i = 0; i < 13; ++i) g[i] = new_gradient<A>(y, parameters[i]);
+    for (int i = 0; i < 13; ++i) g[i] = new_gradient<A>(parameters[i]);
     const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
     // the batch norm of states always reports its sums, also where it has no weights
-    Tensor unused = new_small<A>(y, {2 * pr.pt});
+    Tensor unused = new_small<A>({2 * pr.pt});
     f.grads = {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9), to(10), to(11), to(12)};
     if (f.grads.state_weight == nullptr) f.grads.state_weight = data<A>(unused);
     if (f.grads.state_bias == nullptr) f.grads.state_bias = data<A>(unused) + pr.pt;

@@ -1,10 +1,10 @@
 // The fused middle backward: 4R + 1W. Pass 1 sums over the map what the parameters need, then all gradients of size (p, pt) or
 // (C, C), then pass 2 writes the map's.
 #pragma once
+#include "../concept_modulate/cpu_backward.h"
 #include "../concept_reason/cpu.h"
 #include "../concept_sample/cpu_backward.h"
 #include "../concept_sample/cpu_forward.h"
-#include "../concept_modulate/cpu_backward.h"
 #include "cpu_view.h"
 
 namespace vcr {
@@ -24,15 +24,15 @@ struct MiddleBackwardCpu {
   NormView<A> view;
   // [N, C p] each: the modulator's coefficients and sums, what the input's gradient is made of; K1 for pixel modulation.
   A *coefficients, *E0, *E1, *F0, *F1, *K1, *v, *dr, *constant;
-  A *rdr, *K0;        // [N, C]
-  A *dstate, *dh;     // [N, C, pt]
-  A *c1;              // [C p]
-  A *ds, *db;         // [C p]
+  A *rdr, *K0;     // [N, C]
+  A *dstate, *dh;  // [N, C, pt]
+  A* c1;           // [C p]
+  A *ds, *db;      // [C p]
 
   explicit MiddleBackwardCpu(const MiddleBackward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), CP(pr.channels()), NC(pr.N * pr.C),
-        per_group(concepts_per_gather(pr)), groups(concept_groups(pr)), pixel(o.modulation == Modulation::pixel),
-        constants(2 * CP), memory(12 * pr.N * CP + 2 * NC + 2 * NC * pr.pt + 3 * CP) {
+        per_group(concepts_per_gather(pr)), groups(concept_groups(pr)), pixel(o.modulation == Modulation::pixel), constants(2 * CP),
+        memory(12 * pr.N * CP + 2 * NC + 2 * NC * pr.pt + 3 * CP) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
     A* at = memory.get();
     const auto take = [&at](int64_t count) {
@@ -193,8 +193,12 @@ struct MiddleBackwardCpu {
   void sampler_gradients(int64_t c, A* scratch) const {
     const Width<P, PT> size(pr);
     const int64_t p = size.p(), pt = size.pt(), weights = c * p * pt;
-    const SampleGrads<A> g{f.grads.value + weights, offset(f.grads.query, weights), offset(f.grads.key, weights),
-                           offset(f.grads.logit, c * p), ds + c * p, db + c * p};
+    const SampleGrads<A> g{f.grads.value + weights,
+                           offset(f.grads.query, weights),
+                           offset(f.grads.key, weights),
+                           offset(f.grads.logit, c * p),
+                           ds + c * p,
+                           db + c * p};
     for (int64_t n = 0; n < pr.N; ++n) {
       const int64_t at = n * CP + c * p, k = (n * pr.C + c) * pt;
       sample_backward<P, PT>(pr, o.sampler, view.concept_args(pr, n, c, nullptr), w.value + weights, offset(w.query, weights),
@@ -222,13 +226,23 @@ struct MiddleBackwardCpu {
       const int64_t count = min(step, pr.S - begin);
       for_block(n, c0, c1_, begin, count, buffer, [&](int64_t c, auto y, auto d) {
         const int64_t at = n * CP + c * pr.p;
-        const InputGradArgs<A> g{modulate_args(n, c), v + at, dr + at, constant + at, c1 + c * pr.p, nullptr, saved.softmax[n * pr.C + c],
-                                 rdr[n * pr.C + c], pixel ? K0[n * pr.C + c] : A(0), o.sampler != Sampler::pool};
+        const InputGradArgs<A> g{modulate_args(n, c),
+                                 v + at,
+                                 dr + at,
+                                 constant + at,
+                                 c1 + c * pr.p,
+                                 nullptr,
+                                 saved.softmax[n * pr.C + c],
+                                 rdr[n * pr.C + c],
+                                 pixel ? K0[n * pr.C + c] : A(0),
+                                 o.sampler != Sampler::pool,
+                                 streams<T>(pr) && f.y.layout() == Layout::contiguous};
         if (f.y.layout() == Layout::contiguous)
-          input_grad_block<P, pixel_modulation, true>(y, d, f.dy.at(n, c * pr.p, begin), f.dy.channel, begin, count, pr.S, pr.p, g, scratch);
+          input_grad_block<P, pixel_modulation, true>(y, d, f.dy.at(n, c * pr.p, begin), f.dy.channel, begin, count, pr.S, pr.p, g,
+                                                      scratch);
         else  // over the gathered grad_out, which is read at the same place just before
-          input_grad_block<P, pixel_modulation, true>(y, d, const_cast<A*>(reinterpret_cast<const A*>(d.data)), grad_row, begin, count, pr.S,
-                                                      pr.p, g, scratch);
+          input_grad_block<P, pixel_modulation, true>(y, d, const_cast<A*>(reinterpret_cast<const A*>(d.data)), grad_row, begin, count,
+                                                      pr.S, pr.p, g, scratch);
       });
       if (f.y.layout() != Layout::contiguous)
         scatter(buffer + per_group * pr.p * grad_row, grad_row, count, (c1_ - c0) * pr.p, f.dy.at(n, c0 * pr.p, begin), f.dy.position);
@@ -249,7 +263,8 @@ struct MiddleBackwardCpu {
       const int64_t n = i / chunks, begin = i % chunks * size, at = n * CP;
       const ModulateArgs<A> m = modulate_args(n, 0);
       const NaturalInputGrad<A> g{m.mu, m.A0, m.B0, v + at, dr + at, constant + at, c1, maximum + at, inverse + at, rdr_ + at};
-      input_grad_natural<P>(f.y, f.grad_out, f.dy, n, begin, min(pr.S, begin + size), CP, g);
+      input_grad_natural<P>(f.y, f.grad_out, f.dy, n, begin, min(pr.S, begin + size), CP, g, streams<T>(pr));
+      if (streams<T>(pr)) finish_stream();
     });
   }
   void input_grad_all() const {
@@ -265,6 +280,7 @@ struct MiddleBackwardCpu {
           input_grad<true>(n, c0, c_end, scratch.get(), buffer);
         else
           input_grad<false>(n, c0, c_end, scratch.get(), buffer);
+        if (streams<T>(pr)) finish_stream();
       }
     });
   }

@@ -23,9 +23,8 @@ struct MiddleForwardCpu {
 
   explicit MiddleForwardCpu(const MiddleForward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
-        coefficients(4 * pr.N * pr.channels()), CP(pr.channels()), NC(pr.N * pr.C),
-        groups(concept_groups(pr)), per_group(concepts_per_gather(pr)),
-        pixel(o.modulation == Modulation::pixel) {
+        coefficients(4 * pr.N * pr.channels()), CP(pr.channels()), NC(pr.N * pr.C), groups(concept_groups(pr)),
+        per_group(concepts_per_gather(pr)), pixel(o.modulation == Modulation::pixel) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
   }
 
@@ -133,14 +132,12 @@ struct MiddleForwardCpu {
   // Pass 3, channel modulation: rows [begin, end) of the contiguous image, or positions of the channels_last one.
   void modulate_rows(int64_t n, int64_t begin, int64_t end) const {
     const ModulateArgs<A> m = modulate_args(n, 0);
-    if (f.y.layout() == Layout::contiguous) {
-      for (int64_t j = begin; j < end; ++j) modulate_row(f.y.at(n, j, 0), f.out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j]);
-    } else {
-      for (int64_t i = begin; i < end; ++i) {
-        prefetch_write(f.out.at(n, 0, i));
-        modulate_position(f.y.at(n, 0, i), f.out.at(n, 0, i), CP, m.mu, m.A0, m.B0);
-      }
-    }
+    const bool stream = streams<T>(pr);
+    if (f.y.layout() == Layout::contiguous)
+      for (int64_t j = begin; j < end; ++j) modulate_row(f.y.at(n, j, 0), f.out.at(n, j, 0), pr.S, m.mu[j], m.A0[j], m.B0[j], stream);
+    else
+      for (int64_t i = begin; i < end; ++i) modulate_position(f.y.at(n, 0, i), f.out.at(n, 0, i), CP, m.mu, m.A0, m.B0, stream);
+    if (stream) finish_stream();
   }
   int64_t rows_of_image() const { return f.y.layout() == Layout::contiguous ? CP : pr.S; }
 
@@ -161,8 +158,7 @@ struct MiddleForwardCpu {
         else
           modulate_pixel_block(tile, in + (c - c0) * pr.p * grad_row, grad_row, count, pr.p, m, attention);
       });
-      if (f.y.layout() != Layout::contiguous)
-        scatter(in, grad_row, count, (c1 - c0) * pr.p, f.out.at(n, c0 * pr.p, begin), f.out.position);
+      if (f.y.layout() != Layout::contiguous) scatter(in, grad_row, count, (c1 - c0) * pr.p, f.out.at(n, c0 * pr.p, begin), f.out.position);
     }
   }
   // f(c, tile) over positions [begin, begin + count) of concepts [c0, c1); buffer rows are grad_row apart.
@@ -187,8 +183,7 @@ struct MiddleForwardCpu {
     } else {
       const int64_t rows = rows_of_image(), size = max(1, 32768 / (f.y.layout() == Layout::contiguous ? pr.S : CP));
       const int64_t chunks = (rows + size - 1) / size;
-      for_each(f.pool, pr.N * chunks,
-               [&](int64_t i) { modulate_rows(i / chunks, i % chunks * size, min(rows, (i % chunks + 1) * size)); });
+      for_each(f.pool, pr.N * chunks, [&](int64_t i) { modulate_rows(i / chunks, i % chunks * size, min(rows, (i % chunks + 1) * size)); });
     }
   }
 

@@ -28,9 +28,10 @@ struct InputGradArgs {
   const A* c1;            // [p]
   const A* dlogit_extra;  // [S] or null: what else reaches the softmax's output (the sampler's returned attention)
   Softmax<A> softmax;
-  A rdr;  // r . dr
-  A K0;   // pixel only
+  A rdr;        // r . dr
+  A K0;         // pixel only
   bool attend;  // false: pool, every position weighs 1 / S and dl = 0
+  bool stream;  // the gradient is written past the caches
 };
 
 // d.data null: no modulation. out may be the tile of a channels_last map in scratch.
@@ -52,8 +53,8 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
         const vec<A> mu = splat(m.mu[j]), A0 = splat(m.A0[j]), B0 = splat(m.B0[j]), A1 = splat(m.A1[j]), B1 = splat(m.B1[j]);
         for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
           const vec<A> x = load_some<whole()>(y.data + j * y.row + i, some) - mu, inner = fma(A1, x, B1);
-          const vec<A> e = where_active<A>(fma(load(attention + i), inner, fma(A0, x, B0)),
-                                           load_some<whole()>(d.data + j * d.row + i, some));
+          const vec<A> e =
+              where_active<A>(fma(load(attention + i), inner, fma(A0, x, B0)), load_some<whole()>(d.data + j * d.row + i, some));
           store(k + i, fma(e, inner, load(k + i)));
         });
       }
@@ -90,11 +91,12 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
       A1 = splat(m.A1[j]);
       B1 = splat(m.B1[j]);
     }
-    const auto sweep = [&](auto attend) {
+    const bool stream = g.stream && sizeof(O) == 4 && can_stream(to);
+    const auto sweep = [&](auto attend, auto past_caches) {
       for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
         if constexpr (whole() && modulated) {
           prefetch(grad + i + 512 / sizeof(D));
-          prefetch_write(to + i + 512 / sizeof(O));
+          if constexpr (!past_caches()) prefetch_write(to + i + 512 / sizeof(O));
         }
         const vec<A> x = load_some<whole()>(from + i, some) - mu;
         vec<A> z = fma(c1, x, constant);
@@ -102,21 +104,27 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
         if constexpr (modulated) {
           if constexpr (pixel) {
             const vec<A> M = load(attention + i);
-            const vec<A> e =
-                where_active<A>(fma(M, fma(A1, x, B1), fma(A0, x, B0)), load_some<whole()>(grad + i, some));
+            const vec<A> e = where_active<A>(fma(M, fma(A1, x, B1), fma(A0, x, B0)), load_some<whole()>(grad + i, some));
             z = fma(fma(M, A1, A0), e, z);
           } else {
             const vec<A> e = where_active<A>(fma(A0, x, B0), load_some<whole()>(grad + i, some));
             z = fma(A0, e, z);
           }
         }
-        store_some<whole()>(to + i, z, some);
+        if constexpr (whole() && past_caches())
+          store_stream(to + i, z);
+        else
+          store_some<whole()>(to + i, z, some);
       });
     };
-    if (g.attend)
-      sweep(std::integral_constant<bool, true>{});
+    using yes = std::integral_constant<bool, true>;
+    using no = std::integral_constant<bool, false>;
+    if (!g.attend)
+      sweep(no{}, no{});
+    else if (stream)
+      sweep(yes{}, yes{});
     else
-      sweep(std::integral_constant<bool, false>{});
+      sweep(yes{}, no{});
   }
 }
 // ---- channels_last with the paper's widths: no transposition. Four positions at a time; the dot products over a concept's channels
@@ -135,11 +143,11 @@ struct NaturalInputGrad {
 // Positions [begin, end); channels must be a multiple of max(P, lanes). Four rows are swept along their channels, as memory lies.
 template <int P, class T>
 void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<T>& dy, int64_t n, int64_t begin, int64_t end,
-                        int64_t channels, const NaturalInputGrad<float>& g) {
+                        int64_t channels, const NaturalInputGrad<float>& g, bool stream) {
   constexpr int W = lanes<float>;
   constexpr int NV = P > W ? P / W : 1;  // vectors of a concept
   using V = vec<float>;
-  const auto rows = [&](int64_t i, auto height) {
+  const auto rows = [&](int64_t i, auto height, auto past_caches) {
     constexpr int R = height();
     const T *yi = y.at(n, 0, i), *di = d.at(n, 0, i);
     T* out = dy.at(n, 0, i);
@@ -150,7 +158,7 @@ void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<
           unroll<R>([&](auto I) {
             prefetch(yi + (I + 4) * ys + c + line / sizeof(T));
             prefetch(di + (I + 4) * ds + c + line / sizeof(T));
-            prefetch_write(out + (I + 4) * os + c + line / sizeof(T));
+            if constexpr (!past_caches()) prefetch_write(out + (I + 4) * os + c + line / sizeof(T));
           });
       V score[4] = {}, against[4] = {};
       unroll<NV>([&](auto K) {
@@ -176,14 +184,23 @@ void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<
           const V e = where_active<float>(fma(A0, x, B0), load(di + I * ds + c + k));
           V z = fma(c1, x, constant);
           z = fma(broadcast_in_quads<I()>(a), dr, fma(broadcast_in_quads<I()>(dl), v, z));
-          store(out + I * os + c + k, fma(A0, e, z));
+          if constexpr (past_caches())
+            store_stream(out + I * os + c + k, fma(A0, e, z));
+          else
+            store(out + I * os + c + k, fma(A0, e, z));
         });
       });
     }
   };
-  int64_t i = begin;
-  for (; i + 4 <= end; i += 4) rows(i, std::integral_constant<int, 4>{});
-  for (; i < end; ++i) rows(i, std::integral_constant<int, 1>{});
+  const auto all = [&](auto past_caches) {
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) rows(i, std::integral_constant<int, 4>{}, past_caches);
+    for (; i < end; ++i) rows(i, std::integral_constant<int, 1>{}, past_caches);
+  };
+  if (stream && sizeof(T) == 4 && can_stream(dy.data) && dy.position % W == 0 && dy.image % W == 0)
+    all(std::integral_constant<bool, true>{});
+  else
+    all(std::integral_constant<bool, false>{});
 }
 
 VCR_INLINE int64_t input_grad_scratch() { return 4 * in_place_block; }
