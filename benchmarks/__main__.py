@@ -42,14 +42,14 @@ commands (none: run):
 """
 
 
-def _common(parser: argparse.ArgumentParser, seconds: float, what: str) -> None:
+def _common(parser: argparse.ArgumentParser, command: str, seconds: float) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument(
         "--seconds",
         type=float,
         default=seconds,
         metavar="S",
-        help=f"seconds of timing per {what} (default: {seconds:g})",
+        help=f"seconds of timing per case (default: {seconds:g})",
     )
     parser.add_argument(
         "--output",
@@ -59,7 +59,10 @@ def _common(parser: argparse.ArgumentParser, seconds: float, what: str) -> None:
     )
     parser.add_argument("--release", metavar="NAME", help="write to benchmarks/results/NAME.*, which is committed")
     parser.add_argument(
-        "--keep-memory", action="store_true", help="keep freed memory in the process: no page faults in steps"
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=command == "passes",
+        help="keep freed memory in the process: no page faults in steps (default: passes alone)",
     )
 
 
@@ -128,19 +131,19 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="N",
             help="calls of each side at least (default: 7, block 5, network 3)",
         )
-        _common(parser, 1.0, "case")
+        _common(parser, command, 1.0)
     elif command == "passes":
         _shapes(parser, "default: 16")
         parser.add_argument(
             "--warmth", nargs="+", choices=("warm", "cold"), default=["warm", "cold"], help="default: both"
         )
-        _common(parser, 0.5, "case")
+        _common(parser, command, 0.5)
     elif command == "overhead":
         from .cases import LAYOUTS, MODES
 
         parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
         parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
-        _common(parser, 1.0, "case")
+        _common(parser, command, 1.0)
     elif command == "readme":
         parser.add_argument("file", type=Path, help="a JSON file that `run` wrote")
         parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="default: the repository's")
@@ -309,7 +312,7 @@ def passes(options: argparse.Namespace, argv: Sequence[str]) -> int:
     cases = expand(
         ["middle"], options.modes, options.stages, options.batch, [], options.dtype, layouts, options.image_size
     )
-    results = {"kind": "passes", **describe(list(argv))}
+    results = {"kind": "passes", **describe(list(argv)), "keep_memory": options.keep_memory}
     rows = run_passes(
         cases, seconds=options.seconds, warmths=options.warmth, say=lambda text: print(text, file=sys.stderr)
     )
@@ -323,7 +326,7 @@ def overhead(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from .passes import overhead_table, run_overhead
 
     _prepare(options)
-    results = {"kind": "overhead", **describe(list(argv))}
+    results = {"kind": "overhead", **describe(list(argv)), "keep_memory": options.keep_memory}
     rows = run_overhead(
         options.modes, options.layouts, seconds=options.seconds, say=lambda text: print(text, file=sys.stderr)
     )

@@ -103,10 +103,10 @@ def touch_memory(total_bytes: int) -> None:
 
 def keep_memory() -> None:
     """Have glibc never give memory back, so that no step takes page faults (not what users have by default)."""
-    libc = ctypes.CDLL(None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    if not (libc.mallopt(trim_threshold, 2**31 - 1) and libc.mallopt(mmap_max, 0)):
-        raise RuntimeError("mallopt refused: memory can't be kept on this system")
+    if mallopt is None or not (mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0)):
+        raise RuntimeError("memory can't be kept on this system: it has no glibc mallopt")
 
 
 def last_level_cache_bytes() -> int:
