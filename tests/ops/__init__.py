@@ -192,8 +192,8 @@ class Adapter:
         add()
         elements = min(n for n in (math.prod(x.shape) for x in results[0][2].tensors().values()) if n)
         draws = max(MINIMUM_DRAWS, min(20, math.ceil(100 / elements)))
-        large = math.prod(case.shape[:3]) * math.prod(case.shape[3]) > 4_000
-        if large:
+        size = math.prod(case.shape[:3]) * math.prod(case.shape[3])
+        if size > 10_000:
             draws = min(draws, 8)
         while len(results) < draws:
             add()
@@ -201,7 +201,7 @@ class Adapter:
         # conditioned. One of these outweighs all the others, and is luck again.
         moves: list[dict[str, float]] = []
         for more in (4, 16):
-            if case.dtype == "bf16" or not 1 < closeness.worst_ratio() < 2 or (large and more > 4):
+            if case.dtype == "bf16" or not 1 < closeness.worst_ratio() < 2 or (size > 4_000 and more > 4):
                 break
             while len(results) < more * draws:
                 add()
