@@ -444,7 +444,7 @@ VCR_INLINE quad sum_quads(const quad* rows) {
 }
 
 template <int... I, class F>
-VCR_INLINE void unroll_impl(std::integer_sequence<int, I...>, F f) {
+VCR_INLINE void unroll_impl(std::integer_sequence<int, I...>, [[maybe_unused]] F f) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 // f(0), ..., f(count - 1) with compile-time indices.

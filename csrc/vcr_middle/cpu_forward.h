@@ -97,12 +97,17 @@ struct MiddleForwardCpu {
       saved.state_rstd[k] = A(1.0 / __builtin_sqrt(double(w.state_var[k]) + o.state_eps));
     }
   }
+  // G of image n; its edges are kept for the backward pass, or else in `edges`.
   void reason(int64_t n, A* scratch, A* edges) const {
-    reason_image(pr.C, pr.pt, o.edges, saved.h + n * pr.C * pr.pt, w.edge, edges, saved.xhat + n * pr.C * pr.pt, scratch);
+    const int64_t states = n * pr.C * pr.pt;
+    reason_image(pr.C, pr.pt, o.edges, saved.h + states, w.edge, o.save ? saved.edges + n * pr.C * pr.C : edges, saved.xhat + states,
+                 scratch);
   }
-  void normalise(int64_t first_row, int64_t rows) const {
-    A* g = saved.xhat + first_row * pr.pt;
-    normalise_states(rows, pr.pt, g, saved.state_mean, saved.state_rstd, w.state_weight, w.state_bias, g, saved.state + first_row * pr.pt);
+  // From G to the modulator's coefficients of image n.
+  void finish_states(int64_t n) const {
+    A* g = saved.xhat + n * pr.C * pr.pt;
+    normalise_states(pr.C, pr.pt, g, saved.state_mean, saved.state_rstd, w.state_weight, w.state_bias, g, saved.state + n * pr.C * pr.pt);
+    for (int64_t c = 0; c < pr.C; ++c) modulation(n, c);
   }
   void batch_state_stats() const {
     state_statistics(NC, pr.pt, saved.xhat, saved.state_mean, saved.state_rstd);
@@ -208,11 +213,15 @@ struct MiddleForwardCpu {
     tick(Pass::concept_sample);
     for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(reason_scratch(pr.C, pr.pt)), edges(o.save ? 0 : pr.C * pr.C);
-      for (int64_t n = begin; n < end; ++n) reason(n, scratch.get(), o.save ? saved.edges + n * pr.C * pr.C : edges.get());
+      for (int64_t n = begin; n < end; ++n) {
+        reason(n, scratch.get(), edges.get());
+        if (!o.state_batch) finish_states(n);
+      }
     });
-    if (o.state_batch) batch_state_stats();
-    normalise(0, NC);
-    for_each(f.pool, NC, [&](int64_t i) { modulation(i / pr.C, i % pr.C); });
+    if (o.state_batch) {
+      batch_state_stats();
+      for_each(f.pool, pr.N, [&](int64_t n) { finish_states(n); });
+    }
     tick(Pass::reason);
     modulate_all();
     tick(Pass::concept_modulate);
@@ -225,9 +234,8 @@ struct MiddleForwardCpu {
       Scratch<A> edges(o.save ? 0 : pr.C * pr.C);
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t g = 0; g < groups; ++g) sample(n, g * per_group, min(pr.C, (g + 1) * per_group), buffer.get(), scratch.get());
-        reason(n, scratch.get(), o.save ? saved.edges + n * pr.C * pr.C : edges.get());
-        normalise(n * pr.C, pr.C);
-        for (int64_t c = 0; c < pr.C; ++c) modulation(n, c);
+        reason(n, scratch.get(), edges.get());
+        finish_states(n);
         if (pixel)
           for (int64_t g = 0; g < groups; ++g) modulate_pixel(n, g * per_group, min(pr.C, (g + 1) * per_group), scratch.get());
         else
