@@ -96,37 +96,30 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool)
     """
     if _updates.off:
         return
-    counters, running, batch, momenta = [], [], [], []
+    moves: list[tuple[Any, Tensor | None, Tensor, Tensor]] = []  # momentum, counter, running, batch
+    counters, running, batch = [], [], []
+    together = tracing() != "torch.func"  # which has no rules for lists of tensors
     for bn, mean, var in updates:
         if not (bn.training and bn.track_running_stats):
             continue
-        buffers = bn._buffers
+        buffers, momentum = bn._buffers, bn.momentum
         counter = buffers["num_batches_tracked"]
         if counter is not None:
             counters.append(counter)
         for kept, new in ((buffers["running_mean"], mean), (buffers["running_var"], var)):
             if kept is not None:
+                moves.append((momentum, counter, kept, new))
                 running.append(kept)
                 batch.append(new)
-                momenta.append((bn.momentum, counter))
-    together = tracing() != "torch.func"  # which has no rules for lists of tensors
-    if counters and together:
-        torch._foreach_add_(counters, 1)
-    elif counters:
-        for counter in counters:
-            counter.add_(1)
-    if empty or not running:
+                together = together and momentum is not None and momentum == moves[0][0] and kept.dtype is new.dtype
+    if together and moves and not empty:
+        if counters:
+            torch._foreach_add_(counters, 1)
+        torch._foreach_lerp_(running, batch, moves[0][0])
         return
-    momentum = momenta[0][0]
-    if (
-        together
-        and momentum is not None
-        and all(m[0] == momentum for m in momenta)
-        and all(map(_same_dtype, running, batch))
-    ):
-        torch._foreach_lerp_(running, batch, momentum)
-        return
-    for kept, new, (momentum, counter) in zip(running, batch, momenta, strict=True):
+    for counter in counters:
+        counter.add_(1)
+    for momentum, counter, kept, new in () if empty else moves:
         weight = momentum
         if momentum is None:  # the cumulative average
             weight = new.new_zeros(()) if counter is None else 1 / counter.to(new.dtype)
@@ -134,7 +127,3 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool)
             kept.lerp_(new, weight)
         else:
             kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))
-
-
-def _same_dtype(a: Tensor, b: Tensor) -> bool:
-    return a.dtype is b.dtype
