@@ -1,0 +1,240 @@
+// csrc/cpu/simd.h against plain loops and libm.
+#include "simd_test.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "cpu/simd.h"
+
+namespace vcr_test {
+
+using namespace vcr;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, double got = 0, double wanted = 0) {
+  if (condition) return;
+  if (++failures <= 20) std::printf("  simd: %s: got %.9g, wanted %.9g\n", what, got, wanted);
+}
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Pages with one that can't be touched after them and before them.
+class Pages {
+ public:
+  Pages() : page_(size_t(sysconf(_SC_PAGESIZE))) {
+    memory_ = static_cast<char*>(mmap(nullptr, 3 * page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED || mprotect(memory_, page_, PROT_NONE) != 0 || mprotect(memory_ + 2 * page_, page_, PROT_NONE) != 0)
+      std::abort();
+  }
+  ~Pages() { munmap(memory_, 3 * page_); }
+  char* begin() const { return memory_ + page_; }
+  char* end() const { return memory_ + 2 * page_; }
+
+ private:
+  const size_t page_;
+  char* memory_;
+};
+
+template <class T>
+T small_value(int i) {
+  return narrow<T>(acc_t<T>(i + 1) / 4);
+}
+
+// A partial access at the very end and at the very begin of what may be touched.
+template <class T>
+void partial_access() {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  const Pages pages;
+  for (int count = 1; count < W; ++count)
+    for (T* at : {reinterpret_cast<T*>(pages.end()) - count, reinterpret_cast<T*>(pages.begin())}) {
+      for (int i = 0; i < count; ++i) at[i] = small_value<T>(i);
+      const vec<A> x = load_partial(at, count);
+      for (int i = 0; i < W; ++i) expect(x[i] == (i < count ? A(i + 1) / 4 : A(0)), "load_partial", double(x[i]), i + 1);
+      vec<A> y = zeros<A>();
+      for (int i = 0; i < W; ++i) y[i] = A(i + 7);
+      store_partial(at, y, count);
+      for (int i = 0; i < count; ++i) expect(widen(at[i]) == A(i + 7), "store_partial", double(widen(at[i])), i + 7);
+    }
+  // what follows keeps its bytes
+  T buffer[2 * W];
+  for (int count = 1; count < W; ++count) {
+    for (int i = 0; i < 2 * W; ++i) buffer[i] = small_value<T>(0);
+    store_partial(buffer, splat(A(9)), count);
+    for (int i = 0; i < 2 * W; ++i)
+      expect(widen(buffer[i]) == (i < count ? A(9) : A(0.25)), "store_partial's neighbours", double(widen(buffer[i])), 0.25);
+  }
+  T* last = reinterpret_cast<T*>(pages.end()) - W;
+  for (int i = 0; i < W; ++i) last[i] = small_value<T>(i);
+  const vec<A> x = load(last);
+  for (int i = 0; i < W; ++i) expect(x[i] == A(i + 1) / 4, "load", double(x[i]), i);
+  store(last, x + A(1));
+  for (int i = 0; i < W; ++i) expect(widen(last[i]) == A(i + 1) / 4 + 1, "store", double(widen(last[i])), i);
+}
+
+template <class A>
+void lanes_and_sums() {
+  constexpr int W = lanes<A>;
+  vec<A> rows[W];
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) rows[i][j] = A(i * W + j + (i * j) % 5);
+  const vec<A> sums = sum_rows<A>(rows);
+  for (int i = 0; i < W; ++i) {
+    A sum = 0, top = rows[i][0];
+    for (int j = 0; j < W; ++j) sum += rows[i][j], top = rows[i][j] > top ? rows[i][j] : top;
+    expect(sums[i] == sum, "sum_rows", double(sums[i]), double(sum));
+    expect(hsum<A>(rows[i]) == sum, "hsum", double(hsum<A>(rows[i])), double(sum));
+    expect(hmax<A>(rows[i]) == top, "hmax", double(hmax<A>(rows[i])), double(top));
+    expect(hmax<A>(-rows[i]) == -rows[i][0], "hmax of negatives", double(hmax<A>(-rows[i])), double(-rows[i][0]));
+  }
+  for (int count = 0; count <= W; ++count) {
+    const vec<A> kept = keep_first<A>(splat(A(3)), count);
+    for (int i = 0; i < W; ++i) expect(kept[i] == (i < count ? A(3) : A(0)), "keep_first", double(kept[i]), count);
+  }
+  const A nan = A(__builtin_nan("")), inf = A(__builtin_inf());
+  const A specials[] = {nan, -nan, inf, -inf, A(0), -A(0), A(2), A(-2)};
+  for (int i = 0; i < 8; ++i) {
+    const vec<A> x = splat(specials[i]);
+    const A positive = relu<A>(x)[W - 1], passed = where_active<A>(x, splat(A(5)))[W - 1];
+    const bool is_nan = specials[i] != specials[i];
+    expect(is_nan ? positive != positive : positive == (specials[i] > 0 ? specials[i] : A(0)), "relu", double(positive),
+           double(specials[i]));
+    expect(passed == (specials[i] <= 0 ? A(0) : A(5)), "where_active", double(passed), double(specials[i]));
+  }
+  const vec<A> product = fma(splat(A(3)), splat(A(5)), splat(A(-7)));
+  for (int i = 0; i < W; ++i) expect(product[i] == A(8), "fma", double(product[i]), 8);
+}
+
+void transposed() {
+  constexpr int W = lanes<float>;
+  vec<float> rows[W];
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) rows[i][j] = float(i * W + j);
+  transpose(rows);
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) expect(rows[i][j] == float(j * W + i), "transpose", double(rows[i][j]), j * W + i);
+}
+
+// Rounding to nearest, ties to even, by what stands on either side.
+uint16_t rounded(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return uint16_t((bits >> 16) | 0x40u);
+  const uint16_t below = uint16_t(bits >> 16);  // towards zero
+  const uint32_t rest = bits & 0xffffu;
+  if (rest > 0x8000u || (rest == 0x8000u && (below & 1))) return uint16_t(below + 1);
+  return below;
+}
+void bf16_rounding() {
+  constexpr int W = lanes<float>;
+  bf16 to[W];
+  for (uint32_t high = 0; high < 0x10000u; high += W) {
+    bf16 from[W];
+    for (int i = 0; i < W; ++i) from[i].bits = uint16_t(high + uint32_t(i));
+    const vec<float> x = load(from);
+    store(to, x);
+    for (int i = 0; i < W; ++i) {
+      const uint32_t bits = uint32_t(from[i].bits) << 16;
+      expect(bits_of(x[i]) == bits || x[i] != x[i], "bf16 widened", double(bits_of(x[i])), double(bits));
+      expect(to[i].bits == rounded(float_of(bits)), "bf16 there and back", to[i].bits, from[i].bits);
+    }
+  }
+  // each of these low halves after each high half: ties, their neighbours, the largest that rounds to infinity, NaNs
+  for (const uint32_t low : {0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+    for (uint32_t high = 0; high < 0x10000u; high += W) {
+      vec<float> x = zeros<float>();
+      float values[W];
+      for (int i = 0; i < W; ++i) values[i] = float_of((high + uint32_t(i)) << 16 | low);
+      x = load(values);
+      store(to, x);
+      for (int i = 0; i < W; ++i) {
+        expect(to[i].bits == rounded(values[i]), "bf16 rounded", to[i].bits, rounded(values[i]));
+        expect(narrow<bf16>(values[i]).bits == rounded(values[i]), "bf16 rounded alone", narrow<bf16>(values[i]).bits, rounded(values[i]));
+      }
+    }
+}
+
+// Largest relative error of f over [low, high] in steps, against libm in double.
+template <class F, class G>
+double worst_error(double low, double high, int steps, F f, G exact) {
+  constexpr int W = lanes<float>;
+  double worst = 0;
+  for (int k = 0; k < steps; k += W) {
+    float in[W], out[W];
+    for (int i = 0; i < W; ++i) in[i] = float(low + (high - low) * double(k + i) / double(steps));
+    store(out, f(load(in)));
+    for (int i = 0; i < W; ++i) {
+      const double right = exact(double(in[i]));
+      const double error = right == 0 ? std::fabs(double(out[i])) : std::fabs(double(out[i]) - right) / std::fabs(right);
+      worst = !(error <= worst) ? error : worst;
+    }
+  }
+  return worst;
+}
+template <class A>
+A of_one(A x, vec<A> (*f)(vec<A>)) {
+  return f(splat(x))[lanes<A> - 1];
+}
+vec<float> exp_float(vec<float> x) { return exp_nonpositive(x); }
+vec<float> tanh_float(vec<float> x) { return vcr::tanh(x); }
+
+void functions() {
+  const double exact_exp = worst_error(-87.2, 0, 1 << 18, exp_float, [](double x) { return std::exp(x); });
+  expect(exact_exp <= 1.5e-7, "exp_nonpositive's relative error", exact_exp, 1.5e-7);
+  const float inf = __builtin_inff(), nan = __builtin_nanf("");
+  expect(of_one<float>(0, exp_float) == 1, "exp(0)", double(of_one<float>(0, exp_float)), 1);
+  expect(of_one<float>(-0.f, exp_float) == 1, "exp(-0)", double(of_one<float>(-0.f, exp_float)), 1);
+  for (float x : {-inf, -3e38f, -1000.f, -104.f})
+    expect(of_one<float>(x, exp_float) == 0, "exp far below", double(of_one<float>(x, exp_float)), 0);
+  for (float x = -90; x < -86; x += 0.01f) {
+    const float e = of_one<float>(x, exp_float);
+    expect(e >= 0 && std::fabs(double(e) - std::exp(double(x))) <= 1.25e-38, "exp at the edge of the normal numbers", double(e),
+           std::exp(double(x)));
+  }
+  expect(std::isnan(of_one<float>(nan, exp_float)), "exp(NaN)");
+  const double small = worst_error(-0.7, 0.7, 1 << 16, tanh_float, [](double x) { return std::tanh(x); });
+  const double large = worst_error(-12, 12, 1 << 16, tanh_float, [](double x) { return std::tanh(x); });
+  expect(small <= 3e-7, "tanh's relative error near 0", small, 3e-7);
+  expect(large <= 3e-7, "tanh's relative error", large, 3e-7);
+  expect(of_one<float>(inf, tanh_float) == 1 && of_one<float>(-inf, tanh_float) == -1, "tanh(inf)");
+  expect(of_one<float>(1e-30f, tanh_float) == 1e-30f, "tanh of a tiny number", double(of_one<float>(1e-30f, tanh_float)), 1e-30);
+  expect(std::isnan(of_one<float>(nan, tanh_float)), "tanh(NaN)");
+  for (double x : {-700.0, -20.5, -1e-9, 0.0}) {
+    const double e = exp_nonpositive(splat(x))[0], t = vcr::tanh(splat(x))[lanes<double> - 1];
+    expect(std::fabs(e - std::exp(x)) <= 4e-16 * std::exp(x), "exp of double", e, std::exp(x));
+    expect(std::fabs(t - std::tanh(x)) <= 4e-16 * std::fabs(std::tanh(x)), "tanh of double", t, std::tanh(x));
+  }
+}
+
+}  // namespace
+
+int simd_failures() {
+  partial_access<float>();
+  partial_access<double>();
+  partial_access<bf16>();
+  lanes_and_sums<float>();
+  lanes_and_sums<double>();
+  transposed();
+  bf16_rounding();
+  functions();
+  return failures;
+}
+
+std::string simd_width() { return std::to_string(lanes<float>) + " lanes of float"; }
+
+}  // namespace vcr_test
