@@ -49,6 +49,14 @@ def test_training_mode_moves_the_statistics(backend: str) -> None:
         torch.testing.assert_close(b, buffers[name])
 
 
+def test_onnx_export_takes_the_composite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = exported(middle("auto").eval(), 3, 12, 4, 5)
+    assert "vcr_ops" not in program.graph_module.code
+    with pytest.raises(RuntimeError, match=r"ONNX export can't look into the C\+\+ ops; use backend='composite'"):
+        exported(middle("cpp").eval(), 3, 12, 4, 5)
+
+
 def test_what_is_exported_is_for_inference() -> None:
     program = exported(middle("cpp").eval(), 3, 12, 4, 5).module()
     out = program(feature_map(5, 12, 4, 5).requires_grad_())
