@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype, beside_positions, merge_concepts, project, split_concepts, without_autocast
+from ...maps import acc_dtype, beside_positions, merge_concepts, positions, project, split_concepts, without_autocast
 
 
 def modulate(
@@ -64,9 +64,8 @@ def concept_modulate(
         a = None
         if attention is not None:
             n, concepts = attention.shape[:2]
-            a = attention.to(dtype).reshape(n, concepts, -1) if not last else None
-            if a is None:
-                a = attention.to(dtype).movedim(1, -1).reshape(n, -1, concepts)
+            a, S = attention.to(dtype), positions(z)
+            a = a.movedim(1, -1).reshape(n, S, concepts) if last else a.reshape(n, concepts, S)
         out = modulate(
             x.to(dtype),
             last,
