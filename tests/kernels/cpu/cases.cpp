@@ -25,6 +25,7 @@ constexpr int size_count = int(sizeof all_sizes / sizeof all_sizes[0]);
 // image that is normalised alone and not shifted has the mean 0, so that the query is nothing but rounding.
 void make_sensible(Case& c) {
   if (c.norm == Norm::batch && c.size.N * c.size.S == 1) c.size.N = 2;  // PyTorch refuses it, too
+  if (c.state_batch && c.size.N * c.size.C == 2) c.size.N = 3;          // gradients through the norm of two rows cancel
   const bool no_spread = c.size.N == 1 || c.size.N * c.size.S <= 2 || c.draw == Draw::constant;
   if (c.norm == Norm::batch && no_spread) c.norm_affine = true;
   if (c.norm == Norm::none) c.norm_affine = false;

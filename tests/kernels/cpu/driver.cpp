@@ -240,11 +240,11 @@ void check_empty(Report& report) {
 
 // Kernels with something wrong around the real ones.
 namespace broken {
-void writes_past_a_row(const MiddleForward<float>& f) {
+[[maybe_unused]] void writes_past_a_row(const MiddleForward<float>& f) {
   tested<float>().middle_forward(f);
   f.out.data[f.problem.S] = 1;  // a hole of the slice
 }
-void writes_past_the_end(const MiddleForward<float>& f) {
+[[maybe_unused]] void writes_past_the_end(const MiddleForward<float>& f) {
   tested<float>().middle_forward(f);
   f.saved[MiddleSaved<float>::size(f.problem, true)] = 1;
 }
