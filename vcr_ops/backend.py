@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library
@@ -111,6 +112,17 @@ def tracing() -> str:
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
     return "forward-mode AD" if forward_ad._current_level >= 0 else ""
+
+
+_CPU = Case("cpu")
+
+
+def case_of(z: Tensor) -> Case:
+    """The case of an op on ``z`` that is called now."""
+    rewriting = tracing()
+    if z.is_cpu and not rewriting:
+        return _CPU  # the hot path makes no objects
+    return Case(z.device.type, rewriting)
 
 
 def choose(requested: str | None, case: Case) -> tuple[Backend, str]:

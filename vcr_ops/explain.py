@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks, flops, library
-from .backend import Case, choose, tracing
+from .backend import case_of, choose
 from .maps import map_format
 from .modules.batch_norm import uses_batch_statistics
 from .modules.block import VCRBlock
@@ -133,7 +133,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
     p = sampler.channels // sampler.concepts
     checks.check_concepts("y", y, "sampler.value", sampler.concepts, p)
-    case = Case(y.device.type, tracing())
+    case = case_of(y)
     backend, reason = choose(middle.backend, case)
     path = fused_path(norm, sampler, reasoner, modulator)
     strided = map_format(y) == "strided"

@@ -13,7 +13,8 @@ from ..backend import tracing
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_DIMS: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+# The classes that can be fused, and the numbers of dims that they take.
+BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 
 class _Updates(threading.local):
@@ -57,25 +58,28 @@ def has_global_hook() -> bool:
     )
 
 
-def is_plain(module: nn.Module) -> bool:
-    """True where calling ``module`` does nothing but its class's forward: no hooks, no forward of its own."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def are_plain(*modules: nn.Module) -> bool:
+    """True where calling the modules does nothing but their classes' forward: no hooks, no forward of their own."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return False
+    return True
 
 
 def is_plain_batch_norm(module: nn.Module | None) -> bool:
     """True for exactly nn.BatchNorm1d, 2d or 3d (a subclass, as SyncBatchNorm, may do more) without hooks."""
-    return module is not None and type(module) in _DIMS and is_plain(module)
+    return module is not None and type(module) in BATCH_NORM_CLASSES and are_plain(module)
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
     """ValueError where nn.BatchNorm would refuse the number of dims."""
-    dims = _DIMS[type(bn)]
+    dims = BATCH_NORM_CLASSES[type(bn)]
     if y.dim() not in dims:
         raise ValueError(
             f"{argument} has {y.dim()} dims; its batch norm is a {type(bn).__name__}, which takes {dims[-1]}"

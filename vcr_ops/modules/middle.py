@@ -9,10 +9,11 @@ from .. import checks
 from ..backend import check_backend
 from ..ops.vcr_middle.op import vcr_middle
 from .batch_norm import (
+    BATCH_NORM_CLASSES,
     BATCH_NORMS,
+    are_plain,
     check_dims,
     has_global_hook,
-    is_plain,
     is_plain_batch_norm,
     update_running_stats,
     uses_batch_statistics,
@@ -27,13 +28,14 @@ def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
 
     A module is fused only where nobody could tell: exactly the classes known here, and no hooks.
     """
+    state_bn = reasoner._modules.get("bn")
     if (
         has_global_hook()
         or type(sampler) is not ConceptSampler
         or type(reasoner) is not ConceptReasoner
         or type(modulator) is not ConceptModulator
-        or not (is_plain(sampler) and is_plain(reasoner) and is_plain(modulator))
-        or not is_plain_batch_norm(reasoner._modules["bn"])
+        or type(state_bn) not in BATCH_NORM_CLASSES
+        or not are_plain(sampler, reasoner, modulator, state_bn)
     ):
         return "modules"
     return "whole" if is_plain_batch_norm(bn) else "after norm"

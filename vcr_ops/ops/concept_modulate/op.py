@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, flops
-from ...backend import Case, resolve, tracing
+from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
 from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, needs_grad, present, register
@@ -48,7 +48,7 @@ def concept_modulate(
     Cost: 1 read and 1 write of z forward; 4 reads (z and grad_out, twice) and 1 write backward.
     """
     checks.check_concept_modulate(z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
-    if resolve(backend, Case(z.device.type, tracing())).name == "composite":
+    if resolve(backend, case_of(z)).name == "composite":
         return composite.concept_modulate(z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
     dtype = acc_dtype(z.dtype)
     state = state.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, flops
-from ...backend import Case, resolve, tracing
+from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype
 from ..dispatch import (
@@ -65,7 +65,7 @@ def concept_reason(
         RuntimeError: the backend can't run here; says why and what to do.
     """
     checks.check_concept_reason(h, edge, mean, var, weight, bias, eps, edges)
-    if resolve(backend, Case(h.device.type, tracing())).name == "composite":
+    if resolve(backend, case_of(h)).name == "composite":
         return ConceptReasonOutput(*composite.concept_reason(h, edge, mean, var, weight, bias, eps, edges))
     dtype = acc_dtype(h.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, flops
-from ...backend import Case, resolve, tracing
+from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
 from ..dispatch import (
@@ -100,7 +100,7 @@ def concept_sample(
         backward.
     """
     checks.check_concept_sample(z, value, query, key, logit, sampler, return_attention)
-    if resolve(backend, Case(z.device.type, tracing())).name == "composite":
+    if resolve(backend, case_of(z)).name == "composite":
         h, attention = composite.concept_sample(z, value, query, key, logit, sampler, return_attention)
     elif torch.compiler.is_exporting() or not needs_grad(z, value, query, key, logit):
         h, attention, _ = call(_forward, z, value, query, key, logit, sampler, return_attention, False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, flops
-from ...backend import Case, resolve, tracing
+from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
 from ..dispatch import OpOverload, call_backward, check_devices, like_parameter, needs_grad, register, unsaved
@@ -129,7 +129,7 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
         checks.check_vcr_middle(*arguments)
     elif not isinstance(y, Tensor):
         checks.check_map("y", y)
-    if resolve(backend, Case(y.device.type, tracing())).name == "composite":
+    if resolve(backend, case_of(y)).name == "composite":
         if checked and not compiling:
             checks.check_vcr_middle(*arguments)
         return composite.vcr_middle(*arguments)
