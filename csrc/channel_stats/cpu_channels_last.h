@@ -29,9 +29,9 @@ VCR_INLINE void merge_rows(A* running_sum, A* running_squares, int64_t before, F
   store(running_squares, squares);
 }
 
-// Channels [0, count) of one image; mean, squares [count]; squares null: the mean alone.
+// Channels [0, count) of one image; pivot, mean (less the pivot), squares [count].
 template <class T>
-void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, acc_t<T>* mean, acc_t<T>* squares) {
+void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, const acc_t<T>* pivot, acc_t<T>* mean, acc_t<T>* squares) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const int64_t padded = round_up(count, W);
@@ -47,7 +47,8 @@ void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, ac
       for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
         if (j * sizeof(T) % 64 == 0)
           for (int k = 0; k < height(); ++k) prefetch(from + (k + height()) * stride + j);
-        merge_rows<height()>(run_sum + j, run_squares + j, r, [&](int k) { return load_some<whole()>(from + k * stride + j, some); });
+        const vec<A> m = load_some<whole()>(pivot + j, some);
+        merge_rows<height()>(run_sum + j, run_squares + j, r, [&](int k) { return load_some<whole()>(from + k * stride + j, some) - m; });
       });
       r += height();
     };
@@ -63,7 +64,7 @@ void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, ac
   }
   for (int64_t j = 0; j < count; ++j) {
     mean[j] = A(sum[j] / double(S));
-    if (squares != nullptr) squares[j] = A(m2[j]);
+    squares[j] = A(m2[j]);
   }
 }
 

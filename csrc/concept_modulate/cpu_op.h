@@ -36,7 +36,7 @@ struct ModulateStage {
   }
   SampleArgs<A> concept_args(int64_t c) const {
     const A *zero = constants.get() + c * pr.p, *one = zero + CP;
-    return {zero, one, zero, nullptr};
+    return {zero, one, zero, nullptr, nullptr};
   }
   ModulateArgs<A> args(int64_t n, int64_t c) const {
     const A* at = coefficients.get() + n * CP + c * pr.p;

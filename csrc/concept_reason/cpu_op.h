@@ -17,6 +17,7 @@ void reason_forward(const ReasonForward<A>& f) {
   if (f.batch) state_statistics(rows, f.pt, f.xhat, f.mean, f.var);
   for (int64_t k = 0; k < f.pt; ++k) {
     f.rstd[k] = A(1.0 / __builtin_sqrt(double(f.var[k]) + f.eps));
+    f.rstd[f.pt + k] = f.mean[k];
     if (f.batch) f.var[k] = A(double(f.var[k]) * double(rows) / double(rows - 1));
   }
   normalise_states(rows, f.pt, f.xhat, f.mean, f.rstd, f.weight, f.bias, f.xhat, f.state);

@@ -16,10 +16,11 @@ struct Softmax {
 // How one (image, concept) is normalised and scored. Everything is centred: yhat = y - mu, z = s * yhat + b.
 template <class A>
 struct SampleArgs {
-  const A* mu;  // [p]
-  const A* s;   // [p]
-  const A* b;   // [p]
-  const A* v;   // [p] logits are yhat . v
+  const A* mu;    // [p]
+  const A* s;     // [p]
+  const A* b;     // [p]
+  const A* v;     // [p] logits are yhat . v
+  const A* mhat;  // [p] mean of yhat
 };
 
 // How image n sees what was done before the sampler, z = s (y - mu) + b: per-channel arrays of a batch norm, or, without one, s = 1 and
@@ -28,8 +29,10 @@ template <class A>
 struct NormView {
   const A *mu, *s, *b;
   int64_t image_stride;  // of mu and b
+  const A* mhat;         // the image's mean of yhat: kept apart from mu, since their difference would lose digits
+  int64_t mhat_stride;   // 0 where images are centred on their own mean, and mhat is 0
   SampleArgs<A> concept_args(const Problem& pr, int64_t n, int64_t c, const A* v) const {
-    return {mu + n * image_stride + c * pr.p, s + c * pr.p, b + n * image_stride + c * pr.p, v};
+    return {mu + n * image_stride + c * pr.p, s + c * pr.p, b + n * image_stride + c * pr.p, v, mhat + n * mhat_stride + c * pr.p};
   }
 };
 
@@ -41,7 +44,7 @@ struct SampleWeights {
 // What the forward pass keeps of every (image, concept).
 template <class A>
 struct SampleState {
-  A *m, *u, *r;         // [N, C p]: mean, score vector, centred weighted mean
+  A *m, *u, *r;         // [N, C p]: mean of yhat (without a batch norm: of z), score vector, centred weighted mean
   A *q, *h;             // [N, C, pt]
   Softmax<A>* softmax;  // [N, C]
   A* R;                 // [N, C p, pt] or null without a backward pass

@@ -17,8 +17,8 @@ VCR_INLINE int64_t sample_backward_scratch(const Problem& pr) { return 4 * round
 
 template <int P, int PT, class A>
 void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a, const A* value, const A* query, const A* key, const A* dh,
-                     const A* m, const A* u, const A* r, const A* q, const A* R, const A* K1, const SampleGrads<A>& g, A* dr, A* v,
-                     A* constant, A& rdr, A* scratch) {
+                     const A* u, const A* r, const A* q, const A* R, const A* K1, const SampleGrads<A>& g, A* dr, A* v, A* constant, A& rdr,
+                     A* scratch) {
   const Width<P, PT> size(pr);
   const int64_t p = size.p();
   A *x = scratch, *dv = x + round_up(p, 16), *du = dv + round_up(p, 16), *bar = du + round_up(p, 16), *dq = bar + round_up(p, 16);
@@ -53,7 +53,7 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
   add_outer(size, du, q, g.key);
   project_back(size, query, dq, x);  // dzbar
   for (int64_t j = 0; j < p; ++j) {
-    const A centred = m[j] - a.mu[j];
+    const A centred = a.mhat[j];
     bar[j] = a.s[j] * centred + a.b[j];
     constant[j] = a.s[j] * x[j] * inverse_S;
     g.ds[j] += centred * x[j];

@@ -13,13 +13,14 @@ template <int P, int PT, class A, class AnyTile>
 void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view, const SampleWeights<A>& w, const SampleState<A>& to,
                     bool means, bool count_ties, int64_t n, int64_t c, AnyTile tile, A* attention, A* scratch) {
   const int64_t at = n * pr.channels() + c * pr.p, k = (n * pr.C + c) * pr.pt, weights = c * pr.p * pr.pt;
-  if (means) rows_stats(tile.data, tile.row, pr.p, pr.S, to.m + at, static_cast<A*>(nullptr));
+  const A* pivot = view.mhat_stride != 0 ? view.mu + c * pr.p : nullptr;
+  if (means) rows_stats(tile.data, tile.row, pr.p, pr.S, pivot, to.m + at, static_cast<A*>(nullptr));
   A *v = scratch, *r = to.r + at, *e = scratch + round_up(pr.p, 16);
   const SampleArgs<A> a = view.concept_args(pr, n, c, v);
-  sample_prologue<P, PT>(pr, sampler, a, to.m + at, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), to.q + k,
-                         to.u + at, v);
+  sample_prologue<P, PT>(pr, sampler, a, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), to.q + k, to.u + at,
+                         v);
   if (sampler == Sampler::pool) {
-    for (int64_t j = 0; j < pr.p; ++j) r[j] = to.m[at + j] - a.mu[j];
+    for (int64_t j = 0; j < pr.p; ++j) r[j] = a.mhat[j];
   } else {
     to.softmax[n * pr.C + c] = sample_tile<P, PT>(pr, tile, a, w.value + weights, count_ties, e, r, to.R ? to.R + at * pr.pt : nullptr);
   }
@@ -41,9 +42,10 @@ struct SampleForwardCpu {
     const Problem& pr = f.problem;
     const int64_t groups = concept_groups(pr), size = concepts_per_gather(pr);
     const SampleState<A> state = sample_state(pr, f.saved, f.h, f.save);
-    Scratch<A> ones(pr.channels());
-    for (int64_t j = 0; j < pr.channels(); ++j) ones.get()[j] = 1;
-    const NormView<A> view{state.m, ones.get(), state.m, pr.channels()};
+    Scratch<A> constants(2 * pr.channels());
+    A *ones = constants.get(), *zero = ones + pr.channels();
+    for (int64_t j = 0; j < pr.channels(); ++j) ones[j] = 1, zero[j] = 0;
+    const NormView<A> view{state.m, ones, state.m, pr.channels(), zero, 0};
     for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(sample_concept_scratch(pr)), buffer(visit_scratch(pr, f.z));
       for (int64_t i = begin; i < end; ++i) {

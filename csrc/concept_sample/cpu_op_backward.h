@@ -39,7 +39,7 @@ struct SampleBackwardCpu {
     A *v = memory.get(), *dr = v + pr.N * CP, *constant = dr + pr.N * CP, *K1 = constant + pr.N * CP, *rdr = K1 + pr.N * CP,
       *extra = rdr + NC;
     for (int64_t j = 0; j < CP; ++j) ones[j] = 1, zero[j] = 0;
-    const NormView<A> view{state.m, ones, state.m, CP};
+    const NormView<A> view{state.m, ones, state.m, CP, zero, 0};
     const auto for_groups = [&](int64_t scratch_size, auto body) {
       for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
         Scratch<A> scratch(scratch_size), buffer(visit_scratch(pr, f.z));
@@ -69,9 +69,9 @@ struct SampleBackwardCpu {
         for (int64_t n = 0; n < pr.N; ++n) {
           const int64_t at = n * CP + c * pr.p, k = (n * pr.C + c) * pr.pt;
           sample_backward<P, PT>(pr, f.sampler, view.concept_args(pr, n, c, nullptr), f.weights.value + weights,
-                                 offset(f.weights.query, weights), offset(f.weights.key, weights), f.dh + k, state.m + at, state.u + at,
-                                 state.r + at, state.q + k, state.R + at * pr.pt, extra_wanted ? K1 + at : nullptr, g, dr + at, v + at,
-                                 constant + at, rdr[n * pr.C + c], scratch.get());
+                                 offset(f.weights.query, weights), offset(f.weights.key, weights), f.dh + k, state.u + at, state.r + at,
+                                 state.q + k, state.R + at * pr.pt, extra_wanted ? K1 + at : nullptr, g, dr + at, v + at, constant + at,
+                                 rdr[n * pr.C + c], scratch.get());
         }
       }
     });

@@ -73,13 +73,13 @@ VCR_INLINE void add_outer(const Width<P, PT>& size, const A* x, const A* y, A* w
   }
 }
 
-// zbar = s * (m - mu) + b, q = zbar Wq, u = Wk q / sqrt(pt); static: u is the learned vector. Writes q [pt], u [p], v = s * u [p].
+// zbar = s * mhat + b, q = zbar Wq, u = Wk q / sqrt(pt); static: u is the learned vector. Writes q [pt], u [p], v = s * u [p].
 template <int P, int PT, class A>
-VCR_INLINE void sample_prologue(const Problem& pr, Sampler sampler, const SampleArgs<A>& a, const A* m, const A* query, const A* key,
-                                const A* logit, A* q, A* u, A* v) {
+VCR_INLINE void sample_prologue(const Problem& pr, Sampler sampler, const SampleArgs<A>& a, const A* query, const A* key, const A* logit,
+                                A* q, A* u, A* v) {
   const Width<P, PT> size(pr);
   if (sampler == Sampler::dynamic_query) {
-    for (int64_t j = 0; j < size.p(); ++j) v[j] = a.s[j] * (m[j] - a.mu[j]) + a.b[j];
+    for (int64_t j = 0; j < size.p(); ++j) v[j] = a.s[j] * a.mhat[j] + a.b[j];
     project(size, v, query, q);
     project_back(size, key, q, u);
     const A scale = A(1) / vcr::sqrt(A(size.pt()));

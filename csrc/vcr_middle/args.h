@@ -38,7 +38,7 @@ struct MiddleGrads {
 template <class A>
 struct MiddleSaved {
   A *mu, *rstd, *s;            // [C p]; unused without a batch norm, where every image is centred on its own mean
-  A *m, *u, *r, *abar, *bbar;  // [N, C p]: mean, score vector, centred weighted mean, modulation without its biases
+  A *m, *u, *r, *abar, *bbar;  // [N, C p]: mean of yhat, score vector, centred weighted mean, modulation without its biases
   A *q, *h, *xhat, *state;     // [N, C, pt]
   Softmax<A>* softmax;         // [N, C]
   A *state_rstd, *state_mean;  // [pt]

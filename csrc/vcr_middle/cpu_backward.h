@@ -202,7 +202,7 @@ struct MiddleBackwardCpu {
     for (int64_t n = 0; n < pr.N; ++n) {
       const int64_t at = n * CP + c * p, k = (n * pr.C + c) * pt;
       sample_backward<P, PT>(pr, o.sampler, view.concept_args(pr, n, c, nullptr), w.value + weights, offset(w.query, weights),
-                             offset(w.key, weights), dh + k, saved.m + at, saved.u + at, saved.r + at, saved.q + k, saved.R + at * pt,
+                             offset(w.key, weights), dh + k, saved.u + at, saved.r + at, saved.q + k, saved.R + at * pt,
                              pixel ? K1 + at : nullptr, g, dr + at, v + at, constant + at, rdr[n * pr.C + c], scratch);
     }
     if (o.norm == Norm::none) return;

@@ -32,27 +32,28 @@ struct MiddleForwardCpu {
     if (f.clock != nullptr) f.clock(pass);
   }
 
-  // Pass 1: mean and, for the batch's statistics, centred sum of squares of every (image, channel).
-  void channel_stats(A* squares) const {
+  // Pass 1: of every (image, channel) the mean less the channel's pivot, and the centred sum of squares.
+  void channel_stats(const A* pivot, A* squares) const {
     if (f.y.layout() == Layout::contiguous) {
       for_each(f.pool, NC, [&](int64_t i) {
-        rows_stats(f.y.at(i / pr.C, i % pr.C * pr.p, 0), f.y.channel, pr.p, pr.S, saved.m + i * pr.p, squares + i * pr.p);
+        const int64_t n = i / pr.C, j = i % pr.C * pr.p, at = n * CP + j;
+        rows_stats(f.y.at(n, j, 0), f.y.channel, pr.p, pr.S, pivot + j, saved.m + at, squares + at);
       });
     } else {
       const int64_t width = 256, chunks = (CP + width - 1) / width;  // never by the number of threads
       for_each(f.pool, pr.N * chunks, [&](int64_t i) {
         const int64_t n = i / chunks, j = i % chunks * width, at = n * CP + j;
-        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), saved.m + at, squares + at);
+        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), pivot + j, saved.m + at, squares + at);
       });
     }
   }
 
-  // Images are merged in order, in double: Chan's formula.
-  void merge_stats(const A* squares) const {
+  // Images are merged in order, in double: Chan's formula. saved.m becomes the mean of yhat = y - mu.
+  void merge_stats(const A* pivot, const A* squares) const {
     const double count = double(pr.N) * double(pr.S);
     Scratch<double> sums(2 * CP);
     double *mean = sums.get(), *m2 = mean + CP;
-    for (int64_t j = 0; j < 2 * CP; ++j) mean[j] = 0;
+    fill_zero(mean, 2 * CP);
     for (int64_t n = 0; n < pr.N; ++n)
       for (int64_t j = 0; j < CP; ++j) mean[j] += double(saved.m[n * CP + j]);
     for (int64_t j = 0; j < CP; ++j) mean[j] /= double(pr.N);
@@ -62,12 +63,14 @@ struct MiddleForwardCpu {
         m2[j] += double(squares[n * CP + j]) + double(pr.S) * d * d;
       }
     for (int64_t j = 0; j < CP; ++j) {
-      const double variance = m2[j] / count;
-      saved.mu[j] = A(mean[j]);
-      saved.rstd[j] = A(1.0 / __builtin_sqrt(variance + o.norm_eps));
-      f.norm_mean[j] = A(mean[j]);
+      saved.mu[j] = A(double(pivot[j]) + mean[j]);
+      saved.rstd[j] = count > 0 ? A(1.0 / __builtin_sqrt(m2[j] / count + o.norm_eps)) : A(0);  // no image: gradients of 0, not NaN
+      f.norm_mean[j] = saved.mu[j];
       f.norm_var[j] = A(m2[j] / (count - 1));
+      mean[j] = double(pivot[j]) - double(saved.mu[j]);  // from the pivot to mu as it was rounded
     }
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = 0; j < CP; ++j) saved.m[n * CP + j] = A(double(saved.m[n * CP + j]) + mean[j]);
   }
   void given_stats() const {
     for (int64_t j = 0; j < CP; ++j) {
@@ -203,9 +206,13 @@ struct MiddleForwardCpu {
   // Every pass over the whole batch before the next: the batch's statistics, or the states', are a barrier.
   void run_in_passes() const {
     if (o.norm == Norm::batch) {
-      Scratch<A> squares(pr.N * CP);
-      channel_stats(squares.get());
-      merge_stats(squares.get());
+      Scratch<A> squares(pr.N * CP), pivot(CP);
+      for (int64_t j = 0; j < CP; ++j) {
+        const A first = pr.N > 0 ? A(widen(*f.y.at(0, j, 0))) : A(0);
+        pivot.get()[j] = first - first == 0 ? first : A(0);  // finite
+      }
+      channel_stats(pivot.get(), squares.get());
+      merge_stats(pivot.get(), squares.get());
       scale_channels();
       tick(Pass::channel_stats);
     }

@@ -12,8 +12,8 @@ NormView<A> norm_view(const Problem& pr, Norm norm, const MiddleSaved<A>& saved,
   const int64_t CP = pr.channels();
   A *ones = constants, *zero = constants + CP;
   for (int64_t j = 0; j < CP; ++j) ones[j] = 1, zero[j] = 0;
-  if (norm == Norm::none) return {saved.m, ones, saved.m, CP};
-  return {saved.mu, saved.s, params.norm_bias ? params.norm_bias : zero, 0};
+  if (norm == Norm::none) return {saved.m, ones, saved.m, CP, zero, 0};
+  return {saved.mu, saved.s, params.norm_bias ? params.norm_bias : zero, 0, saved.m, CP};
 }
 
 }  // namespace
