@@ -38,6 +38,15 @@ inline Norms norms(const std::vector<double>& x, const std::vector<double>* minu
   return n;
 }
 
+// The largest error / bound, and where.
+struct Largest {
+  double ratio = 0;
+  std::string at;
+  void note(double other, const std::string& name) {
+    if (!(other <= ratio)) ratio = other, at = name;
+  }
+};
+
 class Reference {
  public:
   Tensors exact, plain;
@@ -50,8 +59,8 @@ class Reference {
     typical = {median(rms), median(max)};
   }
 
-  // Empty, or what is wrong. `largest` collects error / bound.
-  std::string check(const Tensors& got, const Precision& type, const std::vector<std::string>& skip, double& largest) const {
+  // Empty, or what is wrong. `largest` is told of every tensor.
+  std::string check(const Tensors& got, const Precision& type, const std::vector<std::string>& skip, Largest& largest) const {
     std::string wrong;
     for (const auto& named : exact) {
       const std::string& name = named.first;
@@ -72,7 +81,7 @@ class Reference {
       const double rms = error.rms / bound(plain_error.rms, own.rms, typical.rms);
       const double max = error.max / bound(plain_error.max, own.max, typical.max);
       const double ratio = std::max(rms, max);
-      largest = std::max(largest, ratio);
+      largest.note(ratio, name);
       if (ratio <= 1) continue;
       size_t worst = 0;
       double distance = -1;

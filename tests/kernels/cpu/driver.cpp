@@ -121,7 +121,7 @@ Called call(const Case& c, const Tensors& inputs, const Setting& how, const Kern
 
 struct Report {
   int calls = 0, failures = 0;
-  double largest[3] = {0, 0, 0};  // error / bound of float, double, bf16
+  Largest largest[3];  // of float, double, bf16
   void fail(const char* op, const Case& c, const char* type, const std::string& where, const std::string& what) {
     if (++failures <= 40) std::printf("FAILED %s %s %s, %s\n%s\n", op, c.name().c_str(), type, where.c_str(), what.c_str());
   }
@@ -146,7 +146,7 @@ Tensors image_of(const Tensors& inputs, const Sizes& s, int64_t n) {
 }
 
 template <class Op, class T>
-void check_type(Case c, const Tensors& inputs, const Reference& reference, int turn, Report& report, double& largest) {
+void check_type(Case c, const Tensors& inputs, const Reference& reference, int turn, Report& report, Largest& largest) {
   const Precision type = precision<T>();
   const auto fail = [&](const std::string& where, const std::string& what) { report.fail(Op::name, c, type.name, where, what); };
   for (const Lie lie : {Lie::contiguous, Lie::channels_last}) {
@@ -206,9 +206,11 @@ void check_op(const std::vector<Case>& cases, int every, Report& report) {
     check_type<Op, bf16>(c, inputs, reference, int(k) + 2, own, own.largest[2]);
   }
   const double all_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf(
-      "  %-17s %3d cases, %4d calls, %d failures; largest error / bound: float %.2f, double %.2f, bf16 %.2f; %.1f s, reference %.1f s\n",
-      Op::name, taken, own.calls, own.failures, own.largest[0], own.largest[1], own.largest[2], all_s, reference_s);
+  std::printf("  %-17s %3d cases, %4d calls, %d failures; %.1f s, of which the reference %.1f s; largest error / bound:", Op::name, taken,
+              own.calls, own.failures, all_s, reference_s);
+  const char* types[] = {"float", "double", "bf16"};
+  for (int i = 0; i < 3; ++i) std::printf(" %s %.2f (%s)", types[i], own.largest[i].ratio, own.largest[i].at.c_str());
+  std::printf("\n");
   std::fflush(stdout);
   report.calls += own.calls;
   report.failures += own.failures;
@@ -283,7 +285,7 @@ int check_faults() {
     ++seeded;
     if (!noticed) ++missed, std::printf("FAILED seeded fault went unnoticed: %s\n", fault);
   };
-  double ignored = 0;
+  Largest ignored;
   // the kernels are right, so a reference that lacks a term must differ from them
   const auto compare = [&](auto op, Case c, Fault fault) {
     using Op = decltype(op);
