@@ -25,7 +25,8 @@ constexpr int size_count = int(sizeof all_sizes / sizeof all_sizes[0]);
 // image that is normalised alone and not shifted has the mean 0, so that the query is nothing but rounding.
 void make_sensible(Case& c) {
   if (c.norm == Norm::batch && c.size.N * c.size.S == 1) c.size.N = 2;  // PyTorch refuses it, too
-  if (c.state_batch && c.size.N * c.size.C == 2) c.size.N = 3;          // gradients through the norm of two rows cancel
+  const int64_t rows = c.size.N * c.size.C;
+  if (c.state_batch && (rows == 2 || rows == 3)) c.size.N = (3 + c.size.C) / c.size.C;  // gradients through the norm of so few rows cancel
   const bool no_spread = c.size.N == 1 || c.size.N * c.size.S <= 2 || c.draw == Draw::constant;
   if (c.norm == Norm::batch && no_spread) c.norm_affine = true;
   if (c.norm == Norm::none) c.norm_affine = false;

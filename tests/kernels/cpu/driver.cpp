@@ -18,7 +18,7 @@ namespace vcr_test {
 
 template <>
 Precision precision<float>() {
-  return {"float", 12, 0x1p-24, 0};
+  return {"float", 32, 0x1p-24, 0};
 }
 template <>
 Precision precision<double>() {
@@ -26,7 +26,7 @@ Precision precision<double>() {
 }
 template <>
 Precision precision<bf16>() {
-  return {"bf16", 12, 0x1p-24, 0x1p-8};
+  return {"bf16", 32, 0x1p-24, 0x1p-8};
 }
 
 namespace {
