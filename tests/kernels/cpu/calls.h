@@ -13,6 +13,7 @@ struct Setting {
   Lie lie = Lie::contiguous;
   Parallel pool = loop.parallel;
   bool backward = true;
+  bool aligned = false;  // what is written begins at a vector's boundary, as streaming stores ask
 };
 
 struct Called {
@@ -186,7 +187,7 @@ class Caller {
     return {map.data, map.image, map.channel, map.position};
   }
   Map<T> map_out(const std::string& name) {
-    const Map<T> map = memory.map<T>(name, c.size, how.lie, 1, nullptr);
+    const Map<T> map = memory.map<T>(name, c.size, how.lie, how.aligned ? 0 : 1, nullptr);
     collect.emplace_back([this, name, map] { called.results[name] = values_of(map, c.size); });
     return map;
   }

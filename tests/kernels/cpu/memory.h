@@ -56,7 +56,7 @@ template <class T>
 class Block : public AnyBlock {
  public:
   Block(std::string name_, int64_t count, int64_t shift, const std::function<bool(int64_t)>& owned)
-      : count_(count), shift_(shift), owned_(size_t(count), 1), memory_(static_cast<T*>(std::malloc(bytes()))) {
+      : count_(count), shift_(shift), owned_(size_t(count), 1), memory_(static_cast<T*>(std::aligned_alloc(64, bytes()))) {
     name = std::move(name_);
     std::memset(memory_, 0xff, bytes());
     if (owned)
@@ -98,8 +98,8 @@ class Block : public AnyBlock {
   }
 
  private:
-  static constexpr int64_t guard = 96;
-  size_t bytes() const { return size_t(2 * guard + shift_ + count_) * sizeof(T); }
+  static constexpr int64_t guard = 96;  // whole vectors of every type: without a shift, data() is aligned as its memory
+  size_t bytes() const { return (size_t(2 * guard + shift_ + count_) * sizeof(T) + 63) / 64 * 64; }
   const int64_t count_, shift_;
   std::vector<char> owned_, frozen_;
   T* const memory_;

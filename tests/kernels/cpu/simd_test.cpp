@@ -131,6 +131,41 @@ void transposed() {
     for (int j = 0; j < W; ++j) expect(rows[i][j] == float(j * W + i), "transpose", double(rows[i][j]), j * W + i);
 }
 
+void quads() {
+  constexpr int W = lanes<float>;
+  vec<float> rows[4];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < W; ++j) rows[i][j] = float(i * W + j * j % 7);
+  const vec<float> sums = sum_within_quads(rows);
+  for (int j = 0; j < W; ++j) {
+    float sum = 0;
+    for (int k = 0; k < 4; ++k) sum += rows[j % 4][j / 4 * 4 + k];
+    expect(sums[j] == sum, "sum_within_quads", double(sums[j]), double(sum));
+    expect(exchange<1>(rows[1])[j] == rows[1][j ^ 1], "exchange<1>");
+    if constexpr (W >= 8) expect(exchange<4>(rows[1])[j] == rows[1][j ^ 4], "exchange<4>");
+    if constexpr (W >= 16) expect(exchange<8>(rows[1])[j] == rows[1][j ^ 8], "exchange<8>");
+    expect(broadcast_in_quads<0>(rows[2])[j] == rows[2][j / 4 * 4], "broadcast_in_quads<0>");
+    expect(broadcast_in_quads<3>(rows[2])[j] == rows[2][j / 4 * 4 + 3], "broadcast_in_quads<3>");
+  }
+  quad four[4];
+  for (int i = 0; i < 4; ++i) four[i] = quad{float(i), float(i * i), 5, float(-3 * i)};
+  const quad totals = sum_quads(four);
+  for (int i = 0; i < 4; ++i) expect(totals[i] == float(i + i * i + 5 - 3 * i), "sum_quads", double(totals[i]), i);
+}
+
+// Streaming stores, each type at an aligned address.
+template <class T>
+void streamed() {
+  constexpr int W = lanes<acc_t<T>>;
+  alignas(64) T to[3 * W];
+  for (T& x : to) x = small_value<T>(0);
+  expect(can_stream(to) && !can_stream(to + 1), "can_stream");
+  store_stream(to + W, splat(acc_t<T>(9)));
+  finish_stream();
+  for (int i = 0; i < 3 * W; ++i)
+    expect(widen(to[i]) == (i / W == 1 ? acc_t<T>(9) : acc_t<T>(0.25)), "store_stream", double(widen(to[i])), i);
+}
+
 // Rounding to nearest, ties to even, by what stands on either side.
 uint16_t rounded(float x) {
   const uint32_t bits = bits_of(x);
@@ -230,6 +265,9 @@ int simd_failures() {
   lanes_and_sums<float>();
   lanes_and_sums<double>();
   transposed();
+  quads();
+  streamed<float>();
+  streamed<double>();
   bf16_rounding();
   functions();
   return failures;
