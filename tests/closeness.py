@@ -11,8 +11,8 @@ square over at least five random draws. Four things that this sentence leaves op
   a tensor of few elements comes out near zero would outweigh all the others.
 - A gradient that is zero in theory (its reference is 1e-11 of the others or less) is divided by the median norm of the
   other gradients instead.
-- A returned batch mean is neither output nor gradient: it only ever enters as (y - mean) / sigma. Its error is divided by
-  the root of mean² + variance, since on its own scale a mean near zero would have to be summed in twice the precision.
+- A returned batch mean is neither output nor gradient: it only ever enters as (y - mean) / sigma. Its error is divided
+  by the root of mean² + variance: on its own scale, a mean near zero would have to be summed in twice the precision.
 - float64 can't judge float64: the reference of float64 results is in long double (extended.py).
 """
 

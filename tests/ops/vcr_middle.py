@@ -18,7 +18,7 @@ def well_posed(case: Case) -> bool:
 
 
 def two_states(case: Case) -> bool:
-    """Batch statistics of two states make them +1 and -1, whatever they were: a gradient through them is the rounding error of a zero."""
+    """Batch statistics make two states +1 and -1, whatever they were: a gradient through them is a zero's rounding."""
     n, concepts = case.shape[:2]
     return case.state == "batch" and n * concepts == 2
 
