@@ -19,16 +19,14 @@ struct Tape {
     int parent[3];
     R slope[3];
   };
-  std::vector<Node> nodes;
-  static Tape* current;
+  static std::vector<Node> nodes;  // one tape at a time; its memory is kept for the next, which spares the sanitizers much work
 
-  Tape() { current = this; }
-  ~Tape() { current = nullptr; }
-  int add(int a, R da, int b, R db, int c, R dc) {
+  Tape() { nodes.clear(); }
+  static int add(int a, R da, int b, R db, int c, R dc) {
     nodes.push_back({{a, b, c}, {da, db, dc}});
     return int(nodes.size()) - 1;
   }
-  void backward(std::vector<R>& adjoint) const {
+  static void backward(std::vector<R>& adjoint) {
     for (size_t i = nodes.size(); i-- > 0;) {
       const R x = adjoint[i];
       if (x == 0) continue;
@@ -38,7 +36,7 @@ struct Tape {
   }
 };
 template <class R>
-Tape<R>* Tape<R>::current = nullptr;
+std::vector<typename Tape<R>::Node> Tape<R>::nodes;
 
 template <class R>
 struct Var {
@@ -51,7 +49,7 @@ struct Var {
 template <class R>
 Var<R> node(R value, const Var<R>& a, R da, const Var<R>& b = {}, R db = 0, const Var<R>& c = {}, R dc = 0) {
   if (a.id < 0 && b.id < 0 && c.id < 0) return value;
-  return {Tape<R>::current->add(a.id, da, b.id, db, c.id, dc), value};
+  return {Tape<R>::add(a.id, da, b.id, db, c.id, dc), value};
 }
 template <class R>
 Var<R> operator+(const Var<R>& a, const Var<R>& b) {
@@ -146,7 +144,8 @@ struct Graph {
       for (size_t i = 0; i < x.size(); ++i) seeds.emplace_back(x[i], inputs.at(gradient)[i]);
   }
   Tensors finish() {
-    std::vector<R> adjoint(tape.nodes.size());
+    static std::vector<R> adjoint;
+    adjoint.assign(tape.nodes.size(), R(0));
     for (const auto& seed : seeds)
       if (seed.first.id >= 0) adjoint[size_t(seed.first.id)] += R(seed.second);
     tape.backward(adjoint);

@@ -106,7 +106,7 @@ mode_asan() {
 }
 mode_tsan() {
   sanitized_level
-  build_and_run tsan -O1 -g1 -fsanitize=thread "${level[@]}" -- --every 3
+  build_and_run tsan -O1 -g1 -fsanitize=thread "${level[@]}" -- --every 4
   must_stop tsan race 'WARNING: ThreadSanitizer: data race'
 }
 
