@@ -8,7 +8,7 @@
 namespace vcr {
 namespace {
 
-constexpr int64_t sample_block = 1024;  // positions that moments are summed over before the blocks are added up
+constexpr int64_t sample_block = 128 * lanes<float>;  // positions that moments are summed over before the blocks are added up
 
 // logits[i] = sum_j (y[j, begin + i] - mu[j]) v[j], i < count; lanes past the end are -inf. The sum over j runs in one order
 // everywhere, so that the backward pass finds the same bits.

@@ -12,7 +12,7 @@ constexpr int64_t grad_block = 512;            // positions of a gathered block,
 constexpr int64_t grad_row = grad_block + 16;  // between the rows of a gathered block: see padded_row
 
 // Of a map that is read in place: longer rows, so that the memory's streams aren't broken off.
-constexpr int64_t in_place_block = 4096;
+constexpr int64_t in_place_block = 512 * lanes<float>;
 template <class T>
 VCR_INLINE int64_t block_of(const Map<T>& y) {
   return y.layout() == Layout::contiguous ? in_place_block : grad_block;
