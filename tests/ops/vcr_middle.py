@@ -18,7 +18,11 @@ def well_posed(case: Case) -> bool:
 
 
 def two_states(case: Case) -> bool:
-    """Batch statistics make two states +1 and -1, whatever they were: a gradient through them is a zero's rounding."""
+    """Batch statistics make two states about +1 and -1, whatever they were, so gradients through them nearly cancel.
+
+    Left out because one such case (pixel, shift, given norm, |mu| >> sigma, float32) stands at 2.3 times its limit in
+    dnorm_bias. That this cancellation is the cause is likely, not shown.
+    """
     n, concepts = case.shape[:2]
     return case.state == "batch" and n * concepts == 2
 
