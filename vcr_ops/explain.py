@@ -139,7 +139,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     strided = map_format(y) == "strided"
     steps, copies, notes = [], [], []
     for training in (True, False):
-        arguments = _arguments(y, norm, middle, path, training)
+        arguments = op_arguments(y, norm, middle, path, training)
         if backend.name != "composite":
             forward, backward = _fused_passes(arguments, path, training)
         else:
@@ -191,7 +191,7 @@ def _like(y: Tensor) -> Tensor:
         return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
 
 
-def _arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -> tuple[Any, ...]:
+def op_arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -> tuple[Any, ...]:
     """The arguments of the middle's op in a mode."""
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
 
