@@ -239,7 +239,7 @@ def merge_sums(
     count = tl.zeros((CB,), ACC)
     first = tl.zeros((CB,), tl.int32)
     top_sum = tl.zeros((CB, P2), ACC)
-    for split in range(0, SPLITS):
+    for split in tl.static_range(0, SPLITS):
         row = n * SPLITS + split
         E0 += load_channels(sums, row, c, j, C, P, ACC)
         E1 += load_channels(sums + size, row, c, j, C, P, ACC)

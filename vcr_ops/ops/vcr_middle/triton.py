@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
     arch: str
 
     def config(self, kernel: str) -> dict[str, int]:
+        """The shipped configuration, no larger than the problem."""
         found = config(
             kernel, layout=self.view.layout, p=self.p, S=self.S, N=self.N, itemsize=self.itemsize, arch=self.arch
         )
@@ -120,23 +121,24 @@ def forward(
     common = {**size.map_constants, "PT": pt, "PT2": power_of_two(pt)}
     whole = {"C2": power_of_two(C)}
 
-    # pass 1: statistics of the channels, of the batch or of images that are split
-    found = size.config("concept_sample")
+    # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
+    found = sample_config(size, save)
     splits = splits_of(found, S)
-    one_tile = splits == 1 and not batch and one_tile_of(size)
+    one_tile = found["BS"] >= S and splits == 1
     stats_found = size.config("channel_stats")
-    stats, stats_rows, per_group = None, 0, 1
+    stats, image_means, stats_rows, stats_splits, per_group = None, None, 0, 1, 1
     if batch or splits > 1:
-        per_group = cdiv(N, STATS_ROWS) if splits == 1 else 1
-        stats_rows = cdiv(N, per_group) * splits
-        stats = numbers(stats_rows * 2 * C * p)
+        stats_splits = min(splits_of(stats_found, S), max(1, STATS_ROWS // N))
+        per_group = cdiv(N, STATS_ROWS) if stats_splits == 1 else 1
+        stats_rows = cdiv(N, per_group) * stats_splits
+        stats, image_means = numbers(stats_rows * 2 * C * p), numbers(N * C * p)
         launch(
             channel_stats,
             (stats_rows, cdiv(C, stats_found["CB"])),
             y.device,
             *view.strided,
             norm_mean if norm == "given" else None,
-            saved.narrow(0, 3 * C * p, N * C * p),
+            image_means,
             stats,
             N,
             S,
@@ -144,20 +146,19 @@ def forward(
             **size.map_constants,
             CB=stats_found["CB"],
             BS=stats_found["BS"],
-            SPLITS=splits,
-            CENTERED=batch or norm == "given",
+            SPLITS=stats_splits,
+            CENTERED=norm != "none",
             **options(stats_found),
         )
     # pass 2
     parts = numbers(N * splits * C * (2 + p + (p * pt if save else 0))) if splits > 1 else None
-    if one_tile:
-        found = {**found, "BS": power_of_two(S), "CB": 1 if not view.last else found["CB"]}
     launch(
         triton_forward.concept_sample,
         (N * splits, cdiv(C, found["CB"])),
         y.device,
         *view.strided,
         stats,
+        image_means,
         norm_mean,
         norm_var,
         norm_weight,
@@ -183,8 +184,9 @@ def forward(
         BS=found["BS"],
         ONE_TILE=one_tile,
         SPLITS=splits,
-        ROWS=rows_at_once(found["CB"] * power_of_two(p), max(stats_rows, splits)),
+        STATS_SPLITS=stats_splits,
         STATS_BS=stats_found["BS"],
+        ROWS=rows_at_once(found["CB"] * power_of_two(p), max(stats_rows, 1)),
         **options(found),
     )
     merge = splits > 1 and sampler != "pool"
@@ -266,13 +268,17 @@ def splits_of(found: dict[str, int], S: int) -> int:
     return max(1, min(found["splits"], cdiv(S, found["BS"])))
 
 
-ONE_TILE = 16384  # elements that a program keeps in registers to read an image's map once
+ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
+PER_THREAD = 32
 
 
-def one_tile_of(size: Sizes) -> bool:
-    """True where a program can hold all positions of its concepts."""
-    concepts = size.config("concept_sample")["CB"] if size.view.last else 1
-    return power_of_two(size.S) * power_of_two(size.p) * concepts <= ONE_TILE
+def sample_config(size: Sizes, save: bool) -> dict[str, int]:
+    """The sampler's configuration. In evaluation a tile is all positions of some concepts, where that isn't too much."""
+    found = size.config("concept_sample" if save else "concept_sample_inference")
+    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
+    if save or whole > ONE_TILE:
+        return found
+    return {**found, "BS": power_of_two(size.S), "splits": 1, "num_warps": max(4, whole // (32 * PER_THREAD))}
 
 
 def rows_at_once(width: int, rows: int) -> int:
@@ -483,6 +489,7 @@ def backward(
         CB=found["CB"],
         BS=found["BS"],
         RB=256,
+        GB=rows_at_once(max(256, found["CB"] * p2), groups),
         **options(found),
     )
     return dy, *gradients

@@ -486,24 +486,29 @@ def gradients_size(EDGES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl
 
 
 @triton.jit
-def sum_groups(partial, groups, total: tl.constexpr, offset: tl.constexpr, at, count: tl.constexpr, ACC: tl.constexpr):
-    """The sum over groups, in order, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
+def sum_groups(
+    partial, groups, total: tl.constexpr, offset: tl.constexpr, at, count: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr
+):
+    """The sum over groups, GB of them at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
     x = tl.zeros(at.shape, ACC)
-    for group in range(0, groups):
-        x += tl.load(partial + scalar(group).to(tl.int64) * total + offset + at, mask=at < count, other=0.0)
+    for start in range(0, groups, GB):
+        group = start + tl.arange(0, GB)
+        mask = (group < groups)[:, None] & (at < count)[None, :]
+        rows = (group.to(tl.int64) * total + offset)[:, None]
+        x += tl.sum(tl.load(partial + rows + at[None, :], mask=mask, other=0.0), 0)
     return x
 
 
 @triton.jit
 def finish(
-    partial, groups, total: tl.constexpr, offset: tl.constexpr, to, block, count: tl.constexpr, RB: tl.constexpr, ACC: tl.constexpr
+    partial, groups, total: tl.constexpr, offset: tl.constexpr, to, block, count: tl.constexpr, RB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr
 ):
     """Elements [block * RB, ...) of one parameter's gradient; nothing for a block outside it. Returns the next
     parameter's ``block``."""
     if to is not None:
         at = block * RB + tl.arange(0, RB)
         if (block >= 0) & (block * RB < count):
-            x = sum_groups(partial, groups, total, offset, at, count, ACC)
+            x = sum_groups(partial, groups, total, offset, at, count, GB, ACC)
             tl.store(to + at, x.to(to.dtype.element_ty), mask=at < count)
     return block - tl.cdiv(count, RB)
 
@@ -531,6 +536,7 @@ def finish_gradients(
     P: tl.constexpr,
     PT: tl.constexpr,
     RB: tl.constexpr,
+    GB: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """This program's share of the sums over groups of images."""
@@ -541,36 +547,47 @@ def finish_gradients(
     blocks = 5 * tl.cdiv(W, RB) + 5 * tl.cdiv(CP, RB) + tl.cdiv(edges, RB)
     for first in range(program, blocks, programs):
         block = scalar(first)
-        block = finish(partial, groups, total, 0, dvalue, block, W, RB, ACC)
-        block = finish(partial, groups, total, W, dquery, block, W, RB, ACC)
-        block = finish(partial, groups, total, 2 * W, dkey, block, W, RB, ACC)
-        block = finish(partial, groups, total, 3 * W, dscale, block, W, RB, ACC)
-        block = finish(partial, groups, total, 4 * W, dshift, block, W, RB, ACC)
-        block = finish(partial, groups, total, 5 * W, dlogit, block, CP, RB, ACC)
-        block = finish(partial, groups, total, 5 * W + CP, dscale_bias, block, CP, RB, ACC)
-        block = finish(partial, groups, total, 5 * W + 2 * CP, dshift_bias, block, CP, RB, ACC)
+        block = finish(partial, groups, total, 0, dvalue, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, W, dquery, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 2 * W, dkey, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 3 * W, dscale, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 4 * W, dshift, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W, dlogit, block, CP, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W + CP, dscale_bias, block, CP, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W + 2 * CP, dshift_bias, block, CP, RB, GB, ACC)
         if dnorm_weight is not None:
             at = block * RB + tl.arange(0, RB)
             if (block >= 0) & (block * RB < CP):
-                x = sum_groups(partial, groups, total, 5 * W + 3 * CP, at, CP, ACC)
+                x = sum_groups(partial, groups, total, 5 * W + 3 * CP, at, CP, GB, ACC)
                 x *= tl.load(rstd_of(saved, C, P) + at, mask=at < CP, other=0.0)
                 tl.store(dnorm_weight + at, x.to(dnorm_weight.dtype.element_ty), mask=at < CP)
         block -= tl.cdiv(CP, RB)
-        block = finish(partial, groups, total, 5 * W + 4 * CP, dnorm_bias, block, CP, RB, ACC)
+        block = finish(partial, groups, total, 5 * W + 4 * CP, dnorm_bias, block, CP, RB, GB, ACC)
         if EDGES != "none":
-            finish(partial, groups, total, 5 * W + 5 * CP, dedge, block, edges, RB, ACC)
+            finish(partial, groups, total, 5 * W + 5 * CP, dedge, block, edges, RB, GB, ACC)
 
 
 @triton.jit
 def group_channels(
-    partial, groups, total: tl.constexpr, offset: tl.constexpr, c, j, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    c,
+    j,
+    GB: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """(CB, P2): the sum over groups of an array (C*p) that stands ``offset`` into a row."""
+    """(CB, P2): the sum over groups, GB of them at a time, of an array (C*p) that stands ``offset`` into a row."""
     x = tl.zeros((c.shape[0], j.shape[0]), ACC)
-    at = c[:, None] * P + j[None, :]
-    mask = (c[:, None] < C) & (j[None, :] < P)
-    for group in range(0, groups):
-        x += tl.load(partial + scalar(group).to(tl.int64) * total + offset + at, mask=mask, other=0.0)
+    at = (c[:, None] * P + j[None, :])[None, :, :]
+    some = ((c[:, None] < C) & (j[None, :] < P))[None, :, :]
+    for start in range(0, groups, GB):
+        group = start + tl.arange(0, GB)
+        rows = (group.to(tl.int64) * total + offset)[:, None, None]
+        x += tl.sum(tl.load(partial + rows + at, mask=some & (group < groups)[:, None, None], other=0.0), 0)
     return x
 
 
@@ -625,6 +642,7 @@ def middle_input_grad(
     CB: tl.constexpr,
     BS: tl.constexpr,
     RB: tl.constexpr,
+    GB: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -643,8 +661,8 @@ def middle_input_grad(
     if NORM == "batch":
         count = scalar(N).to(ACC) * S
         rstd = load_channels(rstd_of(saved, C, P), scalar(0), c, j, C, P, ACC)
-        ds = group_channels(partial, groups, total, vectors + 3 * C * P, c, j, C, P, ACC)
-        db = group_channels(partial, groups, total, vectors + 4 * C * P, c, j, C, P, ACC)
+        ds = group_channels(partial, groups, total, vectors + 3 * C * P, c, j, GB, C, P, ACC)
+        db = group_channels(partial, groups, total, vectors + 4 * C * P, c, j, GB, C, P, ACC)
         constant -= s * db / count
         c1 = -s * rstd * rstd * ds / count
     if SAMPLER != "pool":
@@ -716,5 +734,6 @@ def middle_input_grad(
         P,
         PT,
         RB,
+        GB,
         ACC,
     )

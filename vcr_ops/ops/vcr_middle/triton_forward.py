@@ -54,6 +54,7 @@ def concept_sample(
     channel,
     position,
     stats,
+    image_means,
     norm_mean,
     norm_var,
     norm_weight,
@@ -83,14 +84,15 @@ def concept_sample(
     BS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    STATS_SPLITS: tl.constexpr,
     STATS_BS: tl.constexpr,
+    ROWS: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Grid (N * SPLITS, concept blocks). With one split r, h and R are finished here, else ``parts`` gets the sums.
 
-    stats: the rows of channel_stats, for batch statistics or split images. parts: see load_part.
+    stats, image_means: what channel_stats has found, for batch statistics or split images. parts: see store_part.
     """
     n = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -98,7 +100,6 @@ def concept_sample(
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
     rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
-    means = per_image(saved, N, 0, C, P)
     zero = tl.zeros((CB, P2), ACC)
     tile = load_tile(rows, some, tl.arange(0, BS), S, position, LAST, ACC) if ONE_TILE else tl.zeros((1, 1, 1), ACC)
 
@@ -112,7 +113,7 @@ def concept_sample(
         if NORM == "batch":
             pivot = pivot_of(y, channel, None, c, j, True, C, P, LAST, ACC)
             mean, squares, count = merge_rows(
-                stats, 0, stats_rows, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, SPLITS, ROWS, ACC
+                stats, 0, stats_rows, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS, ACC
             )
             mu = pivot + mean
             rstd = inverse_root(squares / count + NORM_EPS, ACC)
@@ -129,12 +130,13 @@ def concept_sample(
             store_channels(rstd_of(saved, C, P), scalar(0), c, j, rstd, C, P)
             store_channels(s_of(saved, C, P), scalar(0), c, j, s, C, P)
     # the image's mean
-    if SPLITS > 1:
+    if STATS_SPLITS > 1:
+        first = n * STATS_SPLITS
         m, _, _ = merge_rows(
-            stats, n * SPLITS, SPLITS, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, SPLITS, ROWS, ACC
+            stats, first, STATS_SPLITS, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS, ACC
         )
-    elif NORM == "batch":
-        m = load_channels(means, n, c, j, C, P, ACC)
+    elif (NORM == "batch") | (SPLITS > 1):
+        m = load_channels(image_means, n, c, j, C, P, ACC)
     else:
         m = image_mean(rows, some, position, S, mu, tile, ONE_TILE, BS, LAST, ACC)
     if NORM == "none":
@@ -199,7 +201,7 @@ def concept_sample(
                 store_channels(per_image(saved, N, 1, C, P), n, c, j, u, C, P)
                 store_states(states_at(saved, N, 0, C, P, PT), n, c, k, q, C, PT)
     if split == 0:
-        store_channels(means, n, c, j, m, C, P)
+        store_channels(per_image(saved, N, 0, C, P), n, c, j, m, C, P)
         if SAMPLER == "pool":
             store_channels(per_image(saved, N, 1, C, P), n, c, j, u, C, P)
     if (SPLITS == 1) | (SAMPLER == "pool"):
@@ -244,12 +246,12 @@ def merge_parts(
     many = rows.to(tl.int64) * C
     first = n.to(tl.int64) * SPLITS
     top = tl.full((CB,), LOWEST, ACC)
-    for split in range(0, SPLITS):
+    for split in tl.static_range(0, SPLITS):
         top = tl.maximum(top, tl.load(parts + (first + split) * C + c, mask=c < C, other=LOWEST))
     total = tl.zeros((CB,), ACC)
     r = tl.zeros((CB, P2), ACC)
     R = tl.zeros((CB, P2, PT2), ACC)
-    for split in range(0, SPLITS):
+    for split in tl.static_range(0, SPLITS):
         row = first + split
         maximum = tl.load(parts + row * C + c, mask=c < C, other=LOWEST)
         share = tl.exp(maximum - top)
