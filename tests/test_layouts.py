@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from . import grid
-from .backends import BACKENDS, KERNELS
+from .backends import BACKENDS, KERNELS, on_triton
 from .ops import adapters
 
 ADAPTERS = {name: adapter for name, adapter in adapters().items() if adapter.maps}
@@ -19,9 +19,10 @@ MEMBERS = [(family, member) for family, members in FAMILIES.items() for member i
 
 
 def variants(op, backend):
-    """The first and the last variant: all default; and pixel modulation where there is one."""
+    """The default variant; and pixel modulation where there is one (alone, for the interpreter)."""
     every = ADAPTERS[op].variants(dtype="f32", size=grid.SMALL if backend == "triton" else SIZE)
-    return [every[0], next((c for c in every if c.modulation == "pixel"), every[-1])]
+    both = [every[0], next((c for c in every if c.modulation == "pixel"), every[-1])]
+    return both[1:] if backend == "triton" else both
 
 
 def results_of(case, inputs, gradients, backend):
@@ -63,8 +64,10 @@ def test_strides_of_the_map_change_no_bit(op, family, layout, backend):
             assert torch.equal(strided[name], x), name
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("grad_layout", grid.LAYOUTS)
+@pytest.mark.parametrize(
+    "grad_layout, backend",
+    [*((layout, "cpp") for layout in grid.LAYOUTS), *map(on_triton, ("channels_last", "expanded", "gap"))],
+)
 @pytest.mark.parametrize("layout", FAMILIES)
 @pytest.mark.parametrize("op", [op for op in ADAPTERS if op != "concept_sample"])
 def test_strides_of_grad_output_change_no_bit(op, layout, grad_layout, backend):

@@ -141,7 +141,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     for training in (True, False):
         arguments = op_arguments(y, norm, middle, path, training)
         if backend.name != "composite":
-            forward, backward = _fused_passes(arguments, path, training)
+            forward, backward = _fused_passes(backend.name, arguments, path, training)
         else:
             forward, backward = _composite_passes(y, arguments, training)
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
@@ -231,10 +231,14 @@ def _backward_flops(shapes: list[Any]) -> int:
     return flops.vcr_middle_backward(*arguments)
 
 
-def _fused_passes(arguments: tuple[Any, ...], path: str, training: bool) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+def _fused_passes(
+    backend: str, arguments: tuple[Any, ...], path: str, training: bool
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     """The passes of the fused kernels, C++ or Triton, which their sources describe under the same names."""
-    attend = [Pass("concept_sample", 1, 0)]
-    if arguments[18] == "batch":
+    batch, pool = arguments[18] == "batch", arguments[21] == "pool"
+    # Triton's pool sampler takes the mean from the statistics. The C++ one reads again.
+    attend = [] if backend == "triton" and batch and pool else [Pass("concept_sample", 1, 0)]
+    if batch:
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))
     backward = [Pass("modulate_backward_sums", 2, 0), Pass("middle_input_grad", 2, 1)]
