@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ MODULATIONS = ("channel", "pixel")
 AFFINES = ("both", "scale", "shift")
 NORMS = ("batch", "given", "none")
 
+# Those that every backend takes, and those of GPUs (and of Triton's interpreter) alone.
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
+GPU_DTYPES = DTYPES | {"f16": torch.float16}
+LOW_PRECISION = ("bf16", "f16")
 
 # name: N, C, p, spatial. 65, 257 and 1025 positions are one past a vector, a block and a tile.
 SIZES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
@@ -56,6 +59,27 @@ LAYOUTS = (
 GRAD_LAYOUTS = ("contiguous", "channels_last", "expanded", "sliced_channels", "permuted")
 
 
+class Choices(NamedTuple):
+    """What the factors that all ops share may be."""
+
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...]
+    grad_layouts: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+
+EVERYTHING = Choices(tuple(DTYPES), LAYOUTS, GRAD_LAYOUTS, tuple(SIZES))
+# Triton's interpreter takes milliseconds for what one block of a GPU does: few positions, few concepts. Its tiles are
+# as small (configs.json), so that loops and tails are run all the same.
+INTERPRETED = Choices(
+    tuple(GPU_DTYPES),
+    ("contiguous", "channels_last", "sliced_channels", "expanded"),
+    ("contiguous", "channels_last", "permuted"),
+    ("N3C4p4S1", "N2C1p5S9", "N2C3p1S15", "N2C4p3S7", "N1C3p5S65"),
+)
+SMALL = "N2C4p3S7"
+
+
 @dataclass(frozen=True)
 class Case:
     """One case; what an op doesn't have is None."""
@@ -69,7 +93,7 @@ class Case:
     state: str | None = None  # the states' batch norm's statistics: batch, given
     attention: str | None = None  # concept_sample returns it: "with", "without"
     dtype: str = "f32"
-    parameters: str | None = None  # "f32" where they are float32 beside bfloat16 features
+    parameters: str | None = None  # "f32" where they are float32 beside bfloat16 or float16 features
     layout: str | None = "contiguous"
     grad_layout: str | None = None
     offset: str | None = None  # "offset": the map's mean is far from zero
@@ -92,11 +116,11 @@ class Case:
 
     @property
     def feature_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return GPU_DTYPES[self.dtype]
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        return DTYPES[self.parameters or self.dtype]
+        return GPU_DTYPES[self.parameters or self.dtype]
 
     @property
     def small_dtype(self) -> torch.dtype:
@@ -114,7 +138,7 @@ def legal(case: Case) -> bool:
         return False
     if case.attention == "with" and case.sampler == "pool":
         return False
-    if case.parameters is not None and case.dtype != "bf16":
+    if case.parameters is not None and case.dtype not in LOW_PRECISION:
         return False
     if case.layout == "expanded" and n == 1:
         return False

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..closeness import MINIMUM_DRAWS, Closeness, Result
 from ..extended import fine_result
-from ..grid import Case, arrange, same_images
+from ..grid import EVERYTHING, LOW_PRECISION, Case, Choices, arrange, same_images
 
 Tensors = dict[str, Tensor]
 
 # A pre-activation this near to zero (beside its own size) may come out on either side of it in float32, and then a
-# gradient is there or not: nothing that an error measures. Such draws are made again, but for bfloat16: there it
-# happens all the time, to plain PyTorch as well.
+# gradient is there or not: nothing that an error measures. Such draws are made again, but for bfloat16 and float16:
+# there it happens all the time, to plain PyTorch as well.
 RELU_MARGIN = 2e-5
 
 
@@ -38,7 +38,7 @@ class Adapter:
     small: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
 
-    def cases(self) -> list[Case]:
+    def cases(self, choices: Choices = EVERYTHING) -> list[Case]:
         """The grid."""
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class Adapter:
                     inputs[name] = same_images(inputs[name])
             with relu_margin() as margin, torch.no_grad():
                 outputs = self.reference(inputs, case)
-            if case.dtype != "bf16" and margin[0] < RELU_MARGIN:
+            if case.dtype not in LOW_PRECISION and margin[0] < RELU_MARGIN:
                 continue
             gradients = {}
             for name in self.differentiable(outputs):
@@ -195,13 +195,15 @@ class Adapter:
         size = math.prod(case.shape[:3]) * math.prod(case.shape[3])
         if size > 10_000:
             draws = min(draws, 8)
+        if backend == "triton":
+            draws = MINIMUM_DRAWS  # the interpreter is slow; what is beyond the limit gets its further draws below
         while len(results) < draws:
             add()
         # What is a little beyond the limit is looked at closely before it fails: more draws, less those that are badly
         # conditioned. One of these outweighs all the others, and is luck again.
         moves: list[dict[str, float]] = []
         for more in (4, 16):
-            if case.dtype == "bf16" or not 1 < closeness.worst_ratio() < 2 or (size > 4_000 and more > 4):
+            if case.dtype in LOW_PRECISION or not 1 < closeness.worst_ratio() < 2 or (size > 4_000 and more > 4):
                 break
             while len(results) < more * draws:
                 add()
