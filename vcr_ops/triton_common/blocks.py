@@ -146,9 +146,94 @@ def tanh(x, ACC: tl.constexpr):
     else:
         # an odd polynomial where 1 - 2 / (exp(2x) + 1) would cancel (next term: 9e-3 * x^11)
         x2 = x * x
-        small = x * (1.0 + x2 * (-0.33333333 + x2 * (0.13333333 + x2 * (-0.05396825 + x2 * (0.02186949 + x2 * (-0.00886324 + x2 * 0.00359213))))))
+        small = x * (
+            1.0
+            + x2
+            * (
+                -0.33333333
+                + x2 * (0.13333333 + x2 * (-0.05396825 + x2 * (0.02186949 + x2 * (-0.00886324 + x2 * 0.00359213))))
+            )
+        )
         e = tl.exp(-2.0 * tl.abs(x))
         large = (1.0 - e) / (1.0 + e)
         large = tl.where(x < 0, -large, large)
         y = tl.where(tl.abs(x) < 0.35, small, large)
         return tl.where(x == x, y, x)
+
+
+@triton.jit
+def store_states(base, n, c, k, x, C: tl.constexpr, PT: tl.constexpr):
+    """(CB, PT2) into image n of an array (N, C, pt)."""
+    at = (n.to(tl.int64) * C + c)[:, None] * PT + k[None, :]
+    tl.store(base + at, x, mask=(c < C)[:, None] & (k < PT)[None, :])
+
+
+@triton.jit
+def load_states(base, n, c, k, C: tl.constexpr, PT: tl.constexpr, ACC: tl.constexpr):
+    """The reverse of store_states."""
+    at = (n.to(tl.int64) * C + c)[:, None] * PT + k[None, :]
+    return tl.load(base + at, mask=(c < C)[:, None] & (k < PT)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def store_covariance(base, n, c, j, k, R, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(CB, P2, PT2) into image n of an array (N, C*p, pt)."""
+    at = (n.to(tl.int64) * (C * P) + c[:, None, None] * P + j[None, :, None]) * PT + k[None, None, :]
+    mask = (c[:, None, None] < C) & (j[None, :, None] < P) & (k[None, None, :] < PT)
+    tl.store(base + at, R, mask=mask)
+
+
+@triton.jit
+def rows_of(base, n, live, c, j, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
+    """(BN, P2): concept c of the images ``n`` in an array (N, C*p)."""
+    at = (n.to(tl.int64) * (C * P) + c * P)[:, None] + j[None, :]
+    return tl.load(base + at, mask=live[:, None] & (j < P)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def store_rows(base, n, live, c, j, x, C: tl.constexpr, P: tl.constexpr):
+    """The reverse of rows_of."""
+    at = (n.to(tl.int64) * (C * P) + c * P)[:, None] + j[None, :]
+    tl.store(base + at, x, mask=live[:, None] & (j < P)[None, :])
+
+
+@triton.jit
+def vector_of(base, c, j, default: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
+    """(1, P2): concept c's part of an array (C*p)."""
+    if base is None:
+        return tl.full((1, j.shape[0]), default, ACC)
+    else:
+        return tl.load(base + c * P + j, mask=j < P, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def weight_of(base, c, j, k, P: tl.constexpr, PT: tl.constexpr, ACC: tl.constexpr):
+    """(1, P2, PT2): concept c's part of a weight (C, p, pt)."""
+    at = (c * P + j)[:, None] * PT + k[None, :]
+    return tl.load(base + at, mask=(j < P)[:, None] & (k < PT)[None, :], other=0.0).to(ACC)[None, :, :]
+
+
+@triton.jit
+def all_states(base, n, live, d, k, C: tl.constexpr, PT: tl.constexpr, ACC: tl.constexpr):
+    """(BN, C2, PT2): all states of the images ``n``."""
+    at = (n.to(tl.int64)[:, None] * C + d[None, :])[:, :, None] * PT + k[None, None, :]
+    mask = live[:, None, None] & (d < C)[None, :, None] & (k < PT)[None, None, :]
+    return tl.load(base + at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_weight_sum(base, c, j, k, x, P: tl.constexpr, PT: tl.constexpr):
+    """(P2, PT2) into concept c's part of a weight (C, p, pt)."""
+    tl.store(base + (c * P + j)[:, None] * PT + k[None, :], x, mask=(j < P)[:, None] & (k < PT)[None, :])
+
+
+@triton.jit
+def store_weight_back_sum(base, c, j, k, x, P: tl.constexpr, PT: tl.constexpr):
+    """(P2, PT2) into concept c's part of a weight (C, pt, p)."""
+    tl.store(base + (c * PT + k)[None, :] * P + j[:, None], x, mask=(j < P)[:, None] & (k < PT)[None, :])
+
+
+@triton.jit
+def outer_sum(x, y):
+    """(P2, PT2): the sum over images of x (BN, P2) times y (BN, PT2)."""
+    return tl.sum(x[:, :, None] * y[:, None, :], 0)

@@ -13,7 +13,16 @@ from .blocks import load_channels, load_tile, map_tile, scalar, split_range, sto
 
 @triton.jit
 def pivot_of(
-    y, channel, center, c, j, CENTERED: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
+    y,
+    channel,
+    center,
+    c,
+    j,
+    CENTERED: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """(CB, P2): the statistics' origin: ``center`` (C*p), else the first value, if it is finite; 0 where not CENTERED."""
     if not CENTERED:
@@ -29,7 +38,16 @@ def pivot_of(
 
 @triton.jit
 def sweep_stats(
-    rows, some, pivot, begin, end, position, SQUARES: tl.constexpr, BS: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr
+    rows,
+    some,
+    pivot,
+    begin,
+    end,
+    position,
+    SQUARES: tl.constexpr,
+    BS: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """(mean - pivot, centred sum of squares) over the positions [begin, end), each (CB, P2)."""
     mean = tl.zeros((pivot.shape[0], pivot.shape[1], BS), ACC)

@@ -1,66 +1,25 @@
 """The middle on Triton: 4 launches forward in training (2 or 3 in evaluation) and 4 backward."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ...maps import acc_dtype, empty_map_like, positions
+from ...maps import acc_dtype, empty_map_like
 from ...triton_common.channel_stats import channel_stats
-from ...triton_common.configs import arch, config
 from ...triton_common.launch import launch
-from ...triton_common.maps import MapView, acc_type, dense, map_view, map_view_like, power_of_two
+from ...triton_common.maps import dense, map_view_like, power_of_two
+from ...triton_common.sizes import (
+    SMALL_TILE,
+    cdiv,
+    options,
+    rows_at_once,
+    sizes_of,
+    splits_of,
+)
+from ..concept_sample.triton import sample_config
 from . import triton_backward, triton_forward
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
 GRADIENT_GROUPS = 32
-SMALL_TILE = 8192  # elements of a tile that holds no part of the map
-
-
-class Sizes(NamedTuple):
-    """What the kernels are specialised by."""
-
-    N: int
-    C: int
-    p: int
-    pt: int
-    S: int
-    itemsize: int
-    view: MapView
-    arch: str
-
-    def config(self, kernel: str) -> dict[str, int]:
-        """The shipped configuration, no larger than the problem."""
-        found = config(
-            kernel, layout=self.view.layout, p=self.p, S=self.S, N=self.N, itemsize=self.itemsize, arch=self.arch
-        )
-        return {**found, "CB": min(found["CB"], power_of_two(self.C)), "BS": min(found["BS"], power_of_two(self.S))}
-
-    @property
-    def map_constants(self) -> dict[str, object]:
-        return {
-            "C": self.C,
-            "P": self.p,
-            "P2": power_of_two(self.p),
-            "LAST": self.view.last,
-            "ACC": acc_type(self.view.tensor.dtype),
-        }
-
-
-def sizes_of(y: Tensor, value: Tensor) -> Sizes:
-    """The sizes of a case."""
-    concepts, p, pt = value.shape
-    return Sizes(y.shape[0], concepts, p, pt, positions(y), y.element_size(), map_view(y), arch(y.device))
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def options(found: dict[str, int]) -> dict[str, int]:
-    """What Triton itself takes of a configuration."""
-    return {"num_warps": found["num_warps"], "num_stages": found["num_stages"]}
 
 
 def saved_size(n: int, concepts: int, p: int, pt: int, save: bool) -> int:
@@ -98,7 +57,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op ``vcr_middle``."""
-    size = sizes_of(y, value)
+    size = sizes_of(y, *value.shape)
     N, C, p, pt, S = size[:5]
     view, acc = size.view, acc_dtype(y.dtype)
     out = empty_map_like(y)
@@ -111,11 +70,22 @@ def forward(
     batch_state_mean, batch_state_var = numbers(pt if state_batch else 0), numbers(pt if state_batch else 0)
     saved = numbers(saved_size(N, C, p, pt, save))
     if N == 0:
-        for x, fill in ((batch_mean, 0.0), (batch_var, 1.0), (batch_state_mean, 0.0), (batch_state_var, 1.0), (saved, 0.0)):
+        for x, fill in (
+            (batch_mean, 0.0),
+            (batch_var, 1.0),
+            (batch_state_mean, 0.0),
+            (batch_state_var, 1.0),
+            (saved, 0.0),
+        ):
             x.fill_(fill)
         return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
 
-    norm_weight, norm_bias, norm_mean, norm_var = dense(norm_weight), dense(norm_bias), dense(norm_mean), dense(norm_var)
+    norm_weight, norm_bias, norm_mean, norm_var = (
+        dense(norm_weight),
+        dense(norm_bias),
+        dense(norm_mean),
+        dense(norm_var),
+    )
     value, query, key, logit = value.contiguous(), dense(query), dense(key), dense(logit)
     edge, state_mean, state_var = dense(edge), dense(state_mean), dense(state_var)
     common = {**size.map_constants, "PT": pt, "PT2": power_of_two(pt)}
@@ -263,29 +233,6 @@ def forward(
     return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
 
 
-def splits_of(found: dict[str, int], S: int) -> int:
-    """How many programs share an image's positions: what the configuration says, as far as there are tiles."""
-    return max(1, min(found["splits"], cdiv(S, found["BS"])))
-
-
-ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
-PER_THREAD = 32
-
-
-def sample_config(size: Sizes, save: bool) -> dict[str, int]:
-    """The sampler's configuration. In evaluation a tile is all positions of some concepts, where that isn't too much."""
-    found = size.config("concept_sample" if save else "concept_sample_inference")
-    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
-    if save or whole > ONE_TILE:
-        return found
-    return {**found, "BS": power_of_two(size.S), "splits": 1, "num_warps": max(4, whole // (32 * PER_THREAD))}
-
-
-def rows_at_once(width: int, rows: int) -> int:
-    """How many rows of small numbers a prologue loads at a time."""
-    return max(1, min(power_of_two(rows), SMALL_TILE // width))
-
-
 def backward(
     grad_out: Tensor,
     y: Tensor,
@@ -310,7 +257,7 @@ def backward(
     modulation: str,
 ) -> tuple[Tensor, ...]:
     """The op ``vcr_middle_backward``."""
-    size = sizes_of(y, value)
+    size = sizes_of(y, *value.shape)
     N, C, p, pt, S = size[:5]
     view, acc = size.view, acc_dtype(y.dtype)
     dy = empty_map_like(y)

@@ -10,15 +10,20 @@ import triton.language as tl
 
 from ...triton_common.blocks import (
     load_channels,
-    load_optional,
+    load_states,
     load_tile,
-    load_vector,
     load_weight_back,
     map_tile,
+    outer_sum,
+    rows_of,
     scalar,
     split_range,
     store_channels,
+    store_states,
     store_tile,
+    store_weight_back_sum,
+    store_weight_sum,
+    vector_of,
 )
 from ..concept_modulate.triton_kernels import (
     backward_sweep,
@@ -27,7 +32,8 @@ from ..concept_modulate.triton_kernels import (
     pre_activation,
     store_sums,
 )
-from ..concept_sample.triton_kernels import load_states, store_states
+from ..concept_reason.triton_kernels import reasoner_backward, state_norm_gradients
+from ..concept_sample.triton_kernels import sampler_backward
 from .triton_saved import (
     covariance_of,
     edges_of,
@@ -198,9 +204,7 @@ def state_gradients(
         else:
             F0 = E0
             F1 = E1
-        store_sums(
-            merged, first_to, n, N, c, j, E0, E1, F0, F1, K0, K1, highest, count, first, top_sum, PIXEL, C, P
-        )
+        store_sums(merged, first_to, n, N, c, j, E0, E1, F0, F1, K0, K1, highest, count, first, top_sum, PIXEL, C, P)
         dstate = tl.zeros((CB, PT2), ACC)
         if scale_weight is not None:
             dabar = s * F1 + b * F0
@@ -215,62 +219,6 @@ def state_gradients(
         sum1 += tl.sum(dstate * xhat, 0)
     tl.store(dstate_parts + 2 * n * PT + k, sum0, mask=k < PT)
     tl.store(dstate_parts + (2 * n + 1) * PT + k, sum1, mask=k < PT)
-
-
-@triton.jit
-def rows_of(base, n, live, c, j, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
-    """(BN, P2): concept c of the images ``n`` in an array (N, C*p)."""
-    at = (n.to(tl.int64) * (C * P) + c * P)[:, None] + j[None, :]
-    return tl.load(base + at, mask=live[:, None] & (j < P)[None, :], other=0.0).to(ACC)
-
-
-@triton.jit
-def store_rows(base, n, live, c, j, x, C: tl.constexpr, P: tl.constexpr):
-    """The reverse of rows_of."""
-    at = (n.to(tl.int64) * (C * P) + c * P)[:, None] + j[None, :]
-    tl.store(base + at, x, mask=live[:, None] & (j < P)[None, :])
-
-
-@triton.jit
-def vector_of(base, c, j, default: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
-    """(1, P2): concept c's part of an array (C*p)."""
-    if base is None:
-        return tl.full((1, j.shape[0]), default, ACC)
-    else:
-        return tl.load(base + c * P + j, mask=j < P, other=0.0).to(ACC)[None, :]
-
-
-@triton.jit
-def weight_of(base, c, j, k, P: tl.constexpr, PT: tl.constexpr, ACC: tl.constexpr):
-    """(1, P2, PT2): concept c's part of a weight (C, p, pt)."""
-    at = (c * P + j)[:, None] * PT + k[None, :]
-    return tl.load(base + at, mask=(j < P)[:, None] & (k < PT)[None, :], other=0.0).to(ACC)[None, :, :]
-
-
-@triton.jit
-def all_states(base, n, live, d, k, C: tl.constexpr, PT: tl.constexpr, ACC: tl.constexpr):
-    """(BN, C2, PT2): all states of the images ``n``."""
-    at = (n.to(tl.int64)[:, None] * C + d[None, :])[:, :, None] * PT + k[None, None, :]
-    mask = live[:, None, None] & (d < C)[None, :, None] & (k < PT)[None, None, :]
-    return tl.load(base + at, mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def store_weight_sum(base, c, j, k, x, P: tl.constexpr, PT: tl.constexpr):
-    """(P2, PT2) into concept c's part of a weight (C, p, pt)."""
-    tl.store(base + (c * P + j)[:, None] * PT + k[None, :], x, mask=(j < P)[:, None] & (k < PT)[None, :])
-
-
-@triton.jit
-def store_weight_back_sum(base, c, j, k, x, P: tl.constexpr, PT: tl.constexpr):
-    """(P2, PT2) into concept c's part of a weight (C, pt, p)."""
-    tl.store(base + (c * PT + k)[None, :] * P + j[:, None], x, mask=(j < P)[:, None] & (k < PT)[None, :])
-
-
-@triton.jit
-def outer_sum(x, y):
-    """(P2, PT2): the sum over images of x (BN, P2) times y (BN, PT2)."""
-    return tl.sum(x[:, :, None] * y[:, None, :], 0)
 
 
 @triton.jit
@@ -325,37 +273,27 @@ def small_gradients(
     d = tl.arange(0, C2)
     size = scalar(N).to(tl.int64) * (C * P)
 
-    # sums over all states
-    sum0 = tl.zeros((PT2,), ACC)
-    sum1 = tl.zeros((PT2,), ACC)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        mask = (n < N)[:, None] & (k < PT)[None, :]
-        at = dstate_parts + (2 * n * PT)[:, None] + k[None, :]
-        sum0 += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-        sum1 += tl.sum(tl.load(at + PT, mask=mask, other=0.0), 0)
-    if (c == 0) & (group == 0):
-        if dstate_weight is not None:
-            tl.store(dstate_weight + k, sum1.to(dstate_weight.dtype.element_ty), mask=k < PT)
-        if dstate_bias is not None:
-            tl.store(dstate_bias + k, sum0.to(dstate_bias.dtype.element_ty), mask=k < PT)
-    share = 1.0 / (scalar(N).to(ACC) * C) if STATE_BATCH else 0.0
-    mean0 = sum0 * share
-    mean1 = sum1 * share
-    gain = load_vector(state_weight, k, 1.0, PT, ACC) * load_vector(
-        state_rstd_of(saved, N, C, P, PT), k, 0.0, PT, ACC
+    mean0, mean1, gain = state_norm_gradients(
+        dstate_parts,
+        dstate_weight,
+        dstate_bias,
+        state_weight,
+        state_rstd_of(saved, N, C, P, PT),
+        N,
+        k,
+        (c == 0) & (group == 0),
+        STATE_BATCH,
+        C,
+        PT,
+        ROWS,
+        ACC,
     )
-
-    wv = weight_of(value, c, j, k, P, PT, ACC)
-    if SAMPLER == "dynamic":
-        wq = weight_of(query, c, j, k, P, PT, ACC)
-        wk = weight_of(key, c, j, k, P, PT, ACC)
     bias = vector_of(scale_bias, c, j, 0.0, P, ACC)
-    if NORM != "none":
+    if NORM == "none":
+        s = tl.full((1, P2), 1.0, ACC)
+    else:
         s = vector_of(s_of(saved, C, P), c, j, 1.0, P, ACC)
         b = vector_of(norm_bias, c, j, 0.0, P, ACC)
-    else:
-        s = tl.full((1, P2), 1.0, ACC)
     dvalue = tl.zeros((P2, PT2), ACC)
     dquery = tl.zeros((P2, PT2), ACC)
     dkey = tl.zeros((P2, PT2), ACC)
@@ -367,98 +305,84 @@ def small_gradients(
     ds = tl.zeros((P2,), ACC)
     db = tl.zeros((P2,), ACC)
     dedge = tl.zeros((C2 if EDGES == "static" else PT2,), ACC)
-    states = states_at(saved, N, 3, C, P, PT)
     last = tl.minimum((group + 1) * per_group, N)
     for start in range(group * per_group, last, BN):
         n = start + tl.arange(0, BN)
         live = n < last
-        here = live[:, None] & (k < PT)[None, :]
-        # through the reasoner: dg of concept c, then dh
-        xhat = rows_of(states_at(saved, N, 2, C, P, PT), n, live, c, k, C, PT, ACC)
-        dg = (rows_of(dstate_from, n, live, c, k, C, PT, ACC) - mean0[None, :] - xhat * mean1[None, :]) * gain[None, :]
-        dg = tl.where(here, dg, 0.0)
-        dh = dg
-        if EDGES != "none":
-            h_all = all_states(states_at(saved, N, 1, C, P, PT), n, live, d, k, C, PT, ACC)
-            xhat_all = all_states(states_at(saved, N, 2, C, P, PT), n, live, d, k, C, PT, ACC)
-            dg_all = all_states(dstate_from, n, live, d, k, C, PT, ACC)
-            dg_all = (dg_all - mean0[None, None, :] - xhat_all * mean1[None, None, :]) * gain[None, None, :]
-            dg_all = tl.where(live[:, None, None] & (d < C)[None, :, None] & (k < PT)[None, None, :], dg_all, 0.0)
-            da = tl.sum(dg[:, None, :] * h_all, 2)  # of row c of A
-            if EDGES == "dynamic":
-                mask = live[:, None] & (d < C)[None, :]
-                at = edges_of(saved, N, C, P, PT) + n.to(tl.int64)[:, None] * (C * C)
-                row = tl.load(at + c * C + d[None, :], mask=mask, other=0.0)
-                column = tl.load(at + d[None, :] * C + c, mask=mask, other=0.0)
-                we = tl.load(edge + k[None, :] * C + d[:, None], mask=(d < C)[:, None] & (k < PT)[None, :], other=0.0)
-                dscore = da * (1.0 - row * row)
-                dh += tl.sum(column[:, :, None] * dg_all, 1) + tl.sum(dscore[:, :, None] * we.to(ACC)[None, :, :], 1)
-                # column c of the gradient of W^edge, which all concepts' scores against c reach
-                h = rows_of(states_at(saved, N, 1, C, P, PT), n, live, c, k, C, PT, ACC)
-                into = tl.sum(dg_all * h[:, None, :], 2) * (1.0 - column * column)
-                dedge += tl.sum(tl.sum(into[:, :, None] * h_all, 1), 0)
-            else:
-                column = tl.load(edge + d * C + c, mask=d < C, other=0.0).to(ACC)
-                dh += tl.sum(column[None, :, None] * dg_all, 1)
-                dedge += tl.sum(da, 0)
-        # the norm's view of these images
+        dh, more = reasoner_backward(
+            dstate_from,
+            states_at(saved, N, 2, C, P, PT),
+            states_at(saved, N, 1, C, P, PT),
+            edge,
+            edges_of(saved, N, C, P, PT),
+            mean0,
+            mean1,
+            gain,
+            n,
+            live,
+            c,
+            d,
+            k,
+            EDGES,
+            C,
+            PT,
+            ACC,
+        )
+        dedge += more
         m = rows_of(per_image(saved, N, 0, C, P), n, live, c, j, C, P, ACC)
         if NORM == "none":
             b = m
             mhat = tl.zeros((BN, P2), ACC)
         else:
             mhat = m
-        # value, and what reaches the attention
-        r = rows_of(per_image(saved, N, 2, C, P), n, live, c, j, C, P, ACC)
-        x = tl.sum(wv * dh[:, None, :], 2)
-        dr = s * x
-        dvalue += outer_sum(tl.where(live[:, None], s * r + b, 0.0), dh)
-        ds += tl.sum(r * x, 0)
-        db += tl.sum(x, 0)
-        constant = tl.zeros((BN, P2), ACC)
-        if SAMPLER != "pool":
-            u = rows_of(per_image(saved, N, 1, C, P), n, live, c, j, C, P, ACC)
-            at = (n.to(tl.int64) * (C * P) + c * P)[:, None] + j[None, :]
-            mask = live[:, None, None] & (j < P)[None, :, None] & (k < PT)[None, None, :]
-            R = tl.load(covariance_of(saved, N, C, P, PT) + at[:, :, None] * PT + k[None, None, :], mask=mask, other=0.0)
-            dv = tl.sum(R * dh[:, None, :], 2)
-            if PIXEL:
-                dv += rows_of(merged + 4 * size, n, live, c, j, C, P, ACC)
-            du = s * dv
-            ds += tl.sum(u * dv, 0)
-            if SAMPLER == "static":
-                dlogit += tl.sum(du, 0)
-            else:
-                du *= 1.0 / tl.sqrt(tl.full((), PT, ACC))
-                q = rows_of(states_at(saved, N, 0, C, P, PT), n, live, c, k, C, PT, ACC)
-                dq = tl.sum(wk * du[:, :, None], 1)
-                dkey += outer_sum(du, q)
-                dzbar = tl.sum(wq * dq[:, None, :], 2)
-                dquery += outer_sum(tl.where(live[:, None], s * mhat + b, 0.0), dq)
-                ds += tl.sum(mhat * dzbar, 0)
-                db += tl.sum(dzbar, 0)
-                constant = s * dzbar / S
-            store_rows(v_to, n, live, c, j, s * u, C, P)
-            tl.store(rdr_to + n.to(tl.int64) * C + c, tl.sum(r * dr, 1), mask=live)
-        else:
-            constant = dr / S
-        store_rows(dr_to, n, live, c, j, dr, C, P)
-        store_rows(constant_to, n, live, c, j, constant, C, P)
-        # the modulator
+        dvalue_, dquery_, dkey_, dlogit_, ds_, db_ = sampler_backward(
+            value,
+            query,
+            key,
+            per_image(saved, N, 1, C, P),
+            per_image(saved, N, 2, C, P),
+            states_at(saved, N, 0, C, P, PT),
+            covariance_of(saved, N, C, P, PT),
+            merged + 4 * size,
+            s,
+            b,
+            mhat,
+            dh,
+            v_to,
+            dr_to,
+            constant_to,
+            rdr_to,
+            S,
+            n,
+            live,
+            c,
+            j,
+            k,
+            SAMPLER,
+            PIXEL,
+            C,
+            P,
+            PT,
+            ACC,
+        )
+        dvalue += dvalue_
+        dquery += dquery_
+        dkey += dkey_
+        dlogit += dlogit_
         E0 = rows_of(merged, n, live, c, j, C, P, ACC)
         E1 = rows_of(merged + size, n, live, c, j, C, P, ACC)
         F0 = rows_of(merged + 2 * size, n, live, c, j, C, P, ACC) if PIXEL else E0
         F1 = rows_of(merged + 3 * size, n, live, c, j, C, P, ACC) if PIXEL else E1
         abar = rows_of(per_image(saved, N, 3, C, P), n, live, c, j, C, P, ACC)
-        state = rows_of(states, n, live, c, k, C, PT, ACC)
+        state = rows_of(states_at(saved, N, 3, C, P, PT), n, live, c, k, C, PT, ACC)
         if SCALE:
             dscale += outer_sum(s * F1 + b * F0, state)
         if SHIFT:
             dshift += outer_sum(F0, state)
         dscale_bias += tl.sum(s * E1 + b * E0, 0)
         dshift_bias += tl.sum(E0, 0)
-        ds += tl.sum(abar * F1 + bias * E1, 0)
-        db += tl.sum(abar * F0 + bias * E0, 0)
+        ds += ds_ + tl.sum(abar * F1 + bias * E1, 0)
+        db += db_ + tl.sum(abar * F0 + bias * E0, 0)
     to = partial + group.to(tl.int64) * gradients_size(EDGES, C, P, PT)
     store_weight_sum(to, c, j, k, dvalue, P, PT)
     store_weight_sum(to + C * P * PT, c, j, k, dquery, P, PT)
@@ -487,7 +411,14 @@ def gradients_size(EDGES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl
 
 @triton.jit
 def sum_groups(
-    partial, groups, total: tl.constexpr, offset: tl.constexpr, at, count: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    at,
+    count: tl.constexpr,
+    GB: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """The sum over groups, GB of them at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
     x = tl.zeros(at.shape, ACC)
@@ -501,7 +432,16 @@ def sum_groups(
 
 @triton.jit
 def finish(
-    partial, groups, total: tl.constexpr, offset: tl.constexpr, to, block, count: tl.constexpr, RB: tl.constexpr, GB: tl.constexpr, ACC: tl.constexpr
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    to,
+    block,
+    count: tl.constexpr,
+    RB: tl.constexpr,
+    GB: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """Elements [block * RB, ...) of one parameter's gradient; nothing for a block outside it. Returns the next
     parameter's ``block``."""
@@ -698,13 +638,17 @@ def middle_input_grad(
         e = tl.where(pre_activation(yhat, m, A1, B1, A0, B0, PIXEL) <= 0, 0.0, d)
         slope = tl.broadcast_to(A0[:, :, None], yhat.shape)
         if PIXEL:
-            slope = tl.fma(tl.broadcast_to(m[:, None, :], yhat.shape), tl.broadcast_to(A1[:, :, None], yhat.shape), slope)
+            slope = tl.fma(
+                tl.broadcast_to(m[:, None, :], yhat.shape), tl.broadcast_to(A1[:, :, None], yhat.shape), slope
+            )
         dy = slope * e + constant[:, :, None] + c1[:, :, None] * yhat
         if SAMPLER != "pool":
             a = m * inverse[:, None]
             dlogits = a * (tl.sum(yhat * dr[:, :, None], 1) - rdr[:, None])
             if PIXEL:
-                gain = tl.fma(tl.broadcast_to(A1[:, :, None], yhat.shape), yhat, tl.broadcast_to(B1[:, :, None], yhat.shape))
+                gain = tl.fma(
+                    tl.broadcast_to(A1[:, :, None], yhat.shape), yhat, tl.broadcast_to(B1[:, :, None], yhat.shape)
+                )
                 dlogits += m * tl.sum(e * gain, 1)
                 alone = (ties == 1.0)[:, None]
                 at_top = tl.where(alone, i[None, :] == first[:, None], logits >= (highest - near)[:, None])

@@ -12,6 +12,7 @@ from ...triton_common.blocks import (
     inverse_root,
     load_channels,
     load_optional,
+    load_states,
     load_tile,
     load_vector,
     load_weight,
@@ -20,19 +21,18 @@ from ...triton_common.blocks import (
     scalar,
     split_range,
     store_channels,
+    store_covariance,
+    store_states,
 )
 from ...triton_common.channel_stats import merge_rows, pivot_of
 from ..concept_modulate.triton_kernels import coefficients, modulate_sweep, project_state
-from ..concept_reason.triton_kernels import edges_row, merge_state_stats, normalise
+from ..concept_reason.triton_kernels import edges_row, exchange, merge_state_stats, normalise, store_state_part
 from ..concept_sample.triton_kernels import (
     attend,
     finish_attention,
     image_mean,
-    load_states,
     score_vector,
-    store_covariance,
     store_sampled,
-    store_states,
 )
 from .triton_saved import (
     covariance_of,
@@ -212,7 +212,20 @@ def concept_sample(
 
 @triton.jit
 def store_part(
-    parts, row, rows, c, j, k, maximum, total, r, R, SAVE: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr
+    parts,
+    row,
+    rows,
+    c,
+    j,
+    k,
+    maximum,
+    total,
+    r,
+    R,
+    SAVE: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    PT: tl.constexpr,
 ):
     """Row ``row`` of the splits' sums: maximum, total (rows, C); r (rows, C*p); R (rows, C*p, pt)."""
     many = scalar(rows).to(tl.int64) * C
@@ -262,7 +275,6 @@ def merge_parts(
             mask = (c[:, None, None] < C) & (j[None, :, None] < P) & (k[None, None, :] < PT)
             R += share[:, None, None] * tl.load(parts + 2 * many + many * P + at, mask=mask, other=0.0)
     return top, total, r, R
-
 
 
 @triton.jit
@@ -340,18 +352,9 @@ def concept_reason(
         store_states(h_at, n, c, k, h, C, PT)
     else:
         h = load_states(h_at, n, c, k, C, PT, ACC)
-    g = h
-    if EDGES != "none":
-        a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
-        g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
-        if SAVE & (EDGES == "dynamic"):
-            at = (n.to(tl.int64) * C + c)[:, None] * C + c[None, :]
-            tl.store(edges_of(saved, N, C, P, PT) + at, a, mask=(c < C)[:, None] & (c < C)[None, :])
+    g = exchange(h, edge, edges_of(saved, N, C, P, PT), n, c, k, EDGES, SAVE, C, PT, ACC)
     store_states(g_to, n, c, k, g, C, PT)
-    mean = tl.sum(g, 0) / C
-    apart = tl.where((c < C)[:, None], g - mean[None, :], 0.0)
-    tl.store(state_parts + 2 * n * PT + k, mean, mask=k < PT)
-    tl.store(state_parts + (2 * n + 1) * PT + k, tl.sum(apart * apart, 0), mask=k < PT)
+    store_state_part(state_parts, n, c, k, g, C, PT)
 
 
 @triton.jit

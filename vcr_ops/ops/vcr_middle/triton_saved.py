@@ -58,9 +58,7 @@ def covariance_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
 
 
 @triton.jit
-def norm_view(
-    saved, norm_bias, n, N, c, j, NORM: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr
-):
+def norm_view(saved, norm_bias, n, N, c, j, NORM: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
     """(mu, s, b, mhat), (CB, P2) each: z = s (y - mu) + b, and the image's mean of y - mu.
 
     Without a batch norm every image is centred on its own mean, so that nothing is computed uncentred.
