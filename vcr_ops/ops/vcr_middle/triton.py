@@ -94,7 +94,7 @@ def forward(
     # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
     found = sample_config(size, save)
     splits = splits_of(found, S)
-    one_tile = found["BS"] >= S and splits == 1
+    one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
     stats_found = size.config("channel_stats")
     stats, image_means, stats_rows, stats_splits, per_group = None, None, 0, 1, 1
     if batch or splits > 1:
