@@ -8,6 +8,7 @@ from ..maps import positions
 from .configs import arch, config
 from .maps import MapView, acc_type, map_view, power_of_two
 
+LARGEST_TILE = 32768  # elements; more than a program's registers, so only for wide concepts
 SMALL_TILE = 8192  # elements of a tile that holds no part of the map
 
 
@@ -28,7 +29,11 @@ class Sizes(NamedTuple):
         found = config(
             kernel, layout=self.view.layout, p=self.p, S=self.S, N=self.N, itemsize=self.itemsize, arch=self.arch
         )
-        return {**found, "CB": min(found["CB"], power_of_two(self.C)), "BS": min(found["BS"], power_of_two(self.S))}
+        # the sampler holds p * pt numbers for every position of a tile
+        width = power_of_two(self.p) * (power_of_two(self.pt) if kernel == "concept_sample" else 1)
+        concepts = min(found["CB"], power_of_two(self.C), max(1, LARGEST_TILE // width))
+        tile = max(1, LARGEST_TILE // (width * concepts))
+        return {**found, "CB": concepts, "BS": min(found["BS"], power_of_two(self.S), tile)}
 
     @property
     def map_constants(self) -> dict[str, object]:

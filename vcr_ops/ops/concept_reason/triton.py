@@ -4,13 +4,19 @@ from torch import Tensor
 
 from ...triton_common.launch import launch
 from ...triton_common.maps import acc_type, dense, power_of_two
-from ...triton_common.sizes import rows_at_once
+from ...triton_common.sizes import SMALL_TILE, rows_at_once
 from . import triton_kernels as kernels
 
 
 def _constants(h: Tensor) -> dict[str, object]:
     _, C, pt = h.shape
     return {"C": C, "C2": power_of_two(C), "PT": pt, "PT2": power_of_two(pt), "ACC": acc_type(h.dtype)}
+
+
+def exchange_blocks(concepts: int, pt: int) -> dict[str, int]:
+    """How many concepts a program lets hear (RB) and speak (DB) at a time."""
+    rows = min(power_of_two(concepts), max(1, min(64, SMALL_TILE // power_of_two(pt))))
+    return {"RB": rows, "DB": max(1, min(power_of_two(concepts), SMALL_TILE // (rows * power_of_two(pt))))}
 
 
 def _split(saved: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +57,8 @@ def forward(
         g,
         edges_to,
         parts,
-        **constants,
+        **{name: x for name, x in constants.items() if name != "C2"},
+        **exchange_blocks(C, pt),
         EDGES=edges,
         SAVE=save,
         num_warps=4,

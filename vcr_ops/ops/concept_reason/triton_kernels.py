@@ -64,7 +64,8 @@ def normalise(g, mean, rstd, weight, bias, k, PT: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def exchange(
-    h,
+    h_rows,
+    h_from,
     edge,
     edges_to,
     n,
@@ -72,19 +73,65 @@ def exchange(
     k,
     EDGES: tl.constexpr,
     SAVE: tl.constexpr,
+    DB: tl.constexpr,
     C: tl.constexpr,
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """G = H + A H of image n, (C2, PT2). SAVE: dynamic edges go to edges_to (N, C, C)."""
-    if EDGES == "none":
-        return h
-    else:
-        a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
-        if SAVE & (EDGES == "dynamic"):
-            at = (n.to(tl.int64) * C + c)[:, None] * C + c[None, :]
-            tl.store(edges_to + at, a, mask=(c < C)[:, None] & (c < C)[None, :])
-        return h + tl.sum(a[:, :, None] * h[None, :, :], 1)
+    """Rows ``c`` of G = H + A H of image n, (len(c), PT2), from h_from (N, C, pt), DB concepts at a time; h_rows are rows
+    ``c`` of it. SAVE: dynamic edges go to edges_to (N, C, C)."""
+    g = h_rows
+    if EDGES != "none":
+        for start in range(0, C, DB):
+            d = start + tl.arange(0, DB)
+            a = edges_row(h_rows, edge, c, d, k, EDGES, C, PT, ACC)
+            if SAVE & (EDGES == "dynamic"):
+                store_edges(edges_to, n, c, d, a, C)
+            g += tl.sum(a[:, :, None] * load_states(h_from, n, d, k, C, PT, ACC)[None, :, :], 1)
+    return g
+
+
+@triton.jit
+def store_edges(base, n, c, d, a, C: tl.constexpr):
+    """Rows ``c``, columns ``d`` of image n of an array (N, C, C)."""
+    at = (n.to(tl.int64) * C + c)[:, None] * C + d[None, :]
+    tl.store(base + at, a, mask=(c < C)[:, None] & (d < C)[None, :])
+
+
+@triton.jit
+def reason_image(
+    h_from,
+    edge,
+    g_to,
+    edges_to,
+    parts,
+    n,
+    k,
+    EDGES: tl.constexpr,
+    SAVE: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
+    C: tl.constexpr,
+    PT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """G of image n, RB concepts at a time, and its statistics: see store_state_part."""
+    mean = tl.zeros((k.shape[0],), ACC)
+    squares = tl.zeros((k.shape[0],), ACC)
+    for start in range(0, C, RB):
+        c = start + tl.arange(0, RB)
+        h = load_states(h_from, n, c, k, C, PT, ACC)
+        g = exchange(h, h_from, edge, edges_to, n, c, k, EDGES, SAVE, DB, C, PT, ACC)
+        store_states(g_to, n, c, k, g, C, PT)
+        before = scalar(start).to(ACC)
+        count = tl.minimum(scalar(RB).to(ACC), C - before)
+        block_mean = tl.sum(g, 0) / count
+        apart = tl.where((c < C)[:, None], g - block_mean[None, :], 0.0)
+        shift = block_mean - mean
+        mean += shift * (count / (before + count))
+        squares += tl.sum(apart * apart, 0) + shift * shift * (before * count / (before + count))
+    tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
+    tl.store(parts + (2 * n + 1) * PT + k, squares, mask=k < PT)
 
 
 @triton.jit
@@ -193,19 +240,16 @@ def reason(
     parts,
     EDGES: tl.constexpr,
     SAVE: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
     C: tl.constexpr,
-    C2: tl.constexpr,
     PT: tl.constexpr,
     PT2: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The op alone, before its batch norm. Grid (N,). g_to (N, C, pt), edges_to (N, C, C), parts (N, 2, pt)."""
     n = tl.program_id(0)
-    c = tl.arange(0, C2)
-    k = tl.arange(0, PT2)
-    g = exchange(load_states(h, n, c, k, C, PT, ACC), edge, edges_to, n, c, k, EDGES, SAVE, C, PT, ACC)
-    store_states(g_to, n, c, k, g, C, PT)
-    store_state_part(parts, n, c, k, g, C, PT)
+    reason_image(h, edge, g_to, edges_to, parts, n, tl.arange(0, PT2), EDGES, SAVE, RB, DB, C, PT, ACC)
 
 
 @triton.jit

@@ -9,17 +9,26 @@ from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
 from ...triton_common.sizes import (
     SMALL_TILE,
+    Sizes,
     cdiv,
     options,
     rows_at_once,
     sizes_of,
     splits_of,
 )
+from ..concept_reason.triton import exchange_blocks
 from ..concept_sample.triton import sample_config
 from . import triton_backward, triton_forward
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
 GRADIENT_GROUPS = 32
+MERGED_TILE = 16384
+
+
+def mergeable(size: Sizes) -> bool:
+    """True where one program can hold an image's states, as it must to merge the splits of an image."""
+    states = power_of_two(size.C) * power_of_two(size.pt)
+    return states * max(power_of_two(size.C), power_of_two(size.p)) <= MERGED_TILE
 
 
 def saved_size(n: int, concepts: int, p: int, pt: int, save: bool) -> int:
@@ -93,8 +102,13 @@ def forward(
 
     # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
     found = sample_config(size, save)
+<<<<<<< HEAD
     splits = splits_of(found, S)
     one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
+=======
+    splits = splits_of(found, S) if mergeable(size) else 1
+    one_tile = found["BS"] >= S and splits == 1
+>>>>>>> 49b6d37752c9513775d8a87deb50803a8013ef8c
     stats_found = size.config("channel_stats")
     stats, image_means, stats_rows, stats_splits, per_group = None, None, 0, 1, 1
     if batch or splits > 1:
@@ -183,6 +197,7 @@ def forward(
             SAVE=save,
             MERGE=merge,
             SPLITS=splits,
+            **exchange_blocks(C, pt),
             num_warps=4,
         )
     # pass 3
@@ -225,6 +240,7 @@ def forward(
         SAVE=save,
         SPLITS=splits,
         CHUNKS=chunks,
+        DB=exchange_blocks(C, pt)["DB"],
         CB=found["CB"],
         BS=found["BS"],
         ROWS=rows_at_once(power_of_two(pt), N),

@@ -26,7 +26,15 @@ from ...triton_common.blocks import (
 )
 from ...triton_common.channel_stats import merge_rows, pivot_of
 from ..concept_modulate.triton_kernels import coefficients, modulate_sweep, project_state
-from ..concept_reason.triton_kernels import edges_row, exchange, merge_state_stats, normalise, store_state_part
+from ..concept_reason.triton_kernels import (
+    edges_row,
+    exchange,
+    merge_state_stats,
+    normalise,
+    reason_image,
+    store_edges,
+    store_state_part,
+)
 from ..concept_sample.triton_kernels import (
     attend,
     finish_attention,
@@ -322,6 +330,8 @@ def concept_reason(
     SAVE: tl.constexpr,
     MERGE: tl.constexpr,
     SPLITS: tl.constexpr,
+    RB: tl.constexpr,
+    DB: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
     P: tl.constexpr,
@@ -335,10 +345,11 @@ def concept_reason(
     MERGE: the sampler has left the image in splits. g_to (N, C, pt). state_parts (N, 2, pt): mean and centred squares.
     """
     n = tl.program_id(0)
-    c = tl.arange(0, C2)
     k = tl.arange(0, PT2)
     h_at = states_at(saved, N, 1, C, P, PT)
+    edges_to = edges_of(saved, N, C, P, PT)
     if MERGE:
+        c = tl.arange(0, C2)
         j = tl.arange(0, P2)
         h, maximum, total, r, R = finish_sample(
             parts, saved, norm_bias, value, n, N, c, j, k, NORM, SAVE, SPLITS, C, P, P2, PT, PT2, C2, ACC
@@ -350,11 +361,16 @@ def concept_reason(
         if SAVE:
             store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
         store_states(h_at, n, c, k, h, C, PT)
+        g = h
+        if EDGES != "none":
+            a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
+            if SAVE & (EDGES == "dynamic"):
+                store_edges(edges_to, n, c, c, a, C)
+            g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
+        store_states(g_to, n, c, k, g, C, PT)
+        store_state_part(state_parts, n, c, k, g, C, PT)
     else:
-        h = load_states(h_at, n, c, k, C, PT, ACC)
-    g = exchange(h, edge, edges_of(saved, N, C, P, PT), n, c, k, EDGES, SAVE, C, PT, ACC)
-    store_states(g_to, n, c, k, g, C, PT)
-    store_state_part(state_parts, n, c, k, g, C, PT)
+        reason_image(h_at, edge, g_to, edges_to, state_parts, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
 
 
 @triton.jit
@@ -396,6 +412,7 @@ def concept_modulate(
     SAVE: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DB: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
     P: tl.constexpr,
@@ -424,25 +441,25 @@ def concept_modulate(
         g = load_states(g_from, n, c, k, C, PT, ACC)
         if PIXEL:
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
-    else:
+    elif MERGE:
         d = tl.arange(0, C2)
-        if MERGE:
-            h, tops, _, _, _ = finish_sample(
-                parts, saved, norm_bias, value, n, N, d, j, k, NORM, False, SPLITS, C, P, P2, PT, PT2, C2, ACC
-            )
-            mine = c[:, None] == d[None, :]
-            h_mine = tl.sum(tl.where(mine[:, :, None], h[None, :, :], 0.0), 1)
-            if PIXEL:
-                maximum = tl.sum(tl.where(mine, tops[None, :], 0.0), 1)
-        else:
-            h = load_states(states_at(saved, N, 1, C, P, PT), n, d, k, C, PT, ACC)
-            h_mine = load_states(states_at(saved, N, 1, C, P, PT), n, c, k, C, PT, ACC)
-            if PIXEL:
-                maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
+        h, tops, _, _, _ = finish_sample(
+            parts, saved, norm_bias, value, n, N, d, j, k, NORM, False, SPLITS, C, P, P2, PT, PT2, C2, ACC
+        )
+        mine = c[:, None] == d[None, :]
+        h_mine = tl.sum(tl.where(mine[:, :, None], h[None, :, :], 0.0), 1)
+        if PIXEL:
+            maximum = tl.sum(tl.where(mine, tops[None, :], 0.0), 1)
         g = h_mine
         if EDGES != "none":
             a = edges_row(h_mine, edge, c, d, k, EDGES, C, PT, ACC)
             g = h_mine + tl.sum(a[:, :, None] * h[None, :, :], 1)
+    else:
+        h_from = states_at(saved, N, 1, C, P, PT)
+        h_mine = load_states(h_from, n, c, k, C, PT, ACC)
+        if PIXEL:
+            maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
+        g = exchange(h_mine, h_from, edge, saved, n, c, k, EDGES, False, DB, C, PT, ACC)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if STATE_BATCH:
         mean, squares = merge_state_stats(state_parts, N, k, C, PT, ROWS, ACC)
