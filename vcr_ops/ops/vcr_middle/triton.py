@@ -102,13 +102,8 @@ def forward(
 
     # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
     found = sample_config(size, save)
-<<<<<<< HEAD
-    splits = splits_of(found, S)
-    one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
-=======
     splits = splits_of(found, S) if mergeable(size) else 1
-    one_tile = found["BS"] >= S and splits == 1
->>>>>>> 49b6d37752c9513775d8a87deb50803a8013ef8c
+    one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
     stats_found = size.config("channel_stats")
     stats, image_means, stats_rows, stats_splits, per_group = None, None, 0, 1, 1
     if batch or splits > 1:
