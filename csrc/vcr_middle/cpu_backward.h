@@ -59,7 +59,7 @@ struct MiddleBackwardCpu {
   void recompute_coefficients(int64_t n, int64_t c) const {
     const int64_t at = n * CP + c * pr.p;
     const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
-    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
+    modulate_coefficients<P>(pr.p, pixel, a, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
                              coefficients + at);
     for (int64_t j = 0; j < pr.p; ++j) v[at + j] = a.s[j] * saved.u[at + j];
   }

@@ -118,13 +118,13 @@ struct MiddleForwardCpu {
     project_state<P, PT>(pr, state, offset(w.scale_weight, weights), saved.abar + at);
     project_state<P, PT>(pr, state, offset(w.shift_weight, weights), saved.bbar + at);
     const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
-    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
+    modulate_coefficients<P>(pr.p, pixel, a, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
                              coefficients.get() + at);
   }
   ModulateArgs<A> modulate_args(int64_t n, int64_t c) const {
     const A* at = coefficients.get() + n * CP + c * pr.p;
     const int64_t stride = pr.N * CP;
-    return {view.mu + n * view.image_stride + c * pr.p, at, at + stride, at + 2 * stride, at + 3 * stride};
+    return {pixel ? view.mu + n * view.image_stride + c * pr.p : at + 2 * stride, at, at + stride, at + 2 * stride, at + 3 * stride};
   }
 
   // Pass 3, channel modulation: rows [begin, end) of the contiguous image, or positions of the channels_last one.
