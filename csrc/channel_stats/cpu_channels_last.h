@@ -18,23 +18,27 @@ struct RunningStats {
 
 // With n rows before and h rows here, of sums R and s: squares += sum (x - s / h)^2 + (n s - h R)^2 / (n h (n + h)). The rows are centred
 // on their mean as it was rounded, which is made up for.
-template <int rows, class A, class Fetch>
-VCR_INLINE void merge_rows(RunningStats<A>& running, double before, Fetch fetch) {
-  vec<A> x[rows], around = zeros<A>();
-  WideSum<A> sum;
+// n and weight: splats of n and of 1 / (n h (n + h)), or 0.
+template <int rows, class A, class Fetch, class FetchWide>
+VCR_INLINE void merge_rows(RunningStats<A>& running, vec<double> n, vec<double> weight, Fetch fetch, FetchWide fetch_wide) {
+  constexpr int chains = rows > 1 ? 2 : 1;
+  vec<A> x[rows], around[chains] = {};
+  WideSum<A> sums[chains];
   unroll<rows>([&](auto R) {
     x[R] = fetch(R());
-    sum.add(x[R]);
+    sums[R % chains].add(fetch_wide(R()));
   });
+  if constexpr (chains > 1) sums[0].add(sums[1]);
+  const WideSum<A>& sum = sums[0];
   Wide<A> mean;
   unroll<Wide<A>::count>([&](auto K) { mean.part[K] = sum.sum.part[K] * splat(1.0 / rows); });
   const vec<A> centre = narrow_lanes<A>(mean);
   unroll<rows>([&](auto R) {
     const vec<A> d = x[R] - centre;
-    around = fma(d, d, around);
+    around[R % chains] = fma(d, d, around[R % chains]);
   });
-  const Wide<A> squares = widen_lanes<A>(around), from = widen_lanes<A>(centre);
-  const vec<double> n = splat(before), weight = splat(before > 0 ? 1 / (rows * before * (before + rows)) : 0.0);
+  if constexpr (chains > 1) around[0] += around[1];
+  const Wide<A> squares = widen_lanes<A>(around[0]), from = widen_lanes<A>(centre);
   unroll<Wide<A>::count>([&](auto K) {
     const vec<double> off = mean.part[K] - from.part[K];
     vec<double> apart = fma(n, sum.sum.part[K], running.sum.sum.part[K] * splat(-double(rows)));
@@ -56,10 +60,19 @@ void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, To
   int64_t i = 0;
   const auto block = [&](auto height) {
     const T* from = y + i * stride;
+    const double before = double(i);
+    const vec<double> n = splat(before), weight = splat(i ? 1 / (height() * before * (before + height())) : 0.0);
     for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
       if (j * sizeof(T) % 64 == 0)
         for (int k = 0; k < height(); ++k) prefetch(from + (k + height()) * stride + j);
-      merge_rows<height()>(running[j / W], double(i), [&](int k) { return load_some<whole()>(from + k * stride + j, some); });
+      merge_rows<height()>(
+          running[j / W], n, weight, [&](int k) { return load_some<whole()>(from + k * stride + j, some); },
+          [&](int k) {
+            if constexpr (whole())
+              return load_wide<A>(from + k * stride + j);
+            else
+              return widen_lanes<A>(load_partial(from + k * stride + j, some));
+          });
     });
     i += height();
   };

@@ -162,7 +162,8 @@ VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, Total* tota
   }
   A centre[W];
   alignas(VCR_VECTOR_BYTES) double about[W];
-  for (int j = 0; j < W; ++j) centre[j] = A(sum[j] / double(S));
+  const double per_position = 1.0 / double(S);
+  for (int j = 0; j < W; ++j) centre[j] = A(sum[j] * per_position);
   for (int half = 0; half < W; half += WD) {
     vec<double> sums[WD];
     unroll<WD>([&](auto J) {
@@ -172,8 +173,8 @@ VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, Total* tota
     store(about + half, sum_rows<double>(sums));
   }
   for (int j = 0; j < W; ++j) {
+    const double off = sum[j] * per_position - double(centre[j]);
     total[j] = {sum[j], 0};
-    const double off = mean_less<A>(total[j], double(S), double(centre[j]));
     squares[j] = about[j] - double(S) * off * off;
   }
 }

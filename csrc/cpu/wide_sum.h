@@ -37,6 +37,33 @@ VCR_INLINE double mean_less(Total total, double count, double from) {
     return (__builtin_fma(-count, from, total.sum) + total.error) / count;
 }
 
+// Floats to and from doubles, half a vector at a time. The compiler's own conversion of half a vector goes through memory.
+#if defined(__AVX512F__)
+VCR_INLINE vec<double> widen_half(const float* from) { return _mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+template <bool upper>
+VCR_INLINE vec<double> widen_half(vec<float> x) {
+  return _mm512_cvtps_pd(upper ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x));
+}
+VCR_INLINE vec<float> narrow_halves(vec<double> low, vec<double> high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
+#elif defined(__AVX2__)
+VCR_INLINE vec<double> widen_half(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+template <bool upper>
+VCR_INLINE vec<double> widen_half(vec<float> x) {
+  return _mm256_cvtps_pd(upper ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x));
+}
+VCR_INLINE vec<float> narrow_halves(vec<double> low, vec<double> high) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low));
+}
+#elif defined(__aarch64__)
+VCR_INLINE vec<double> widen_half(const float* from) { return vcvt_f64_f32(vld1_f32(from)); }
+template <bool upper>
+VCR_INLINE vec<double> widen_half(vec<float> x) {
+  return upper ? vcvt_high_f64_f32(x) : vcvt_f64_f32(vget_low_f32(x));
+}
+VCR_INLINE vec<float> narrow_halves(vec<double> low, vec<double> high) { return vcvt_high_f32_f64(vcvt_f32_f64(low), high); }
+#else
 typedef float half_floats __attribute__((vector_size(VCR_VECTOR_BYTES / 2)));
 VCR_INLINE vec<double> widen_half(const float* from) {
   half_floats x;
@@ -58,8 +85,9 @@ VCR_INLINE vec<float> narrow_halves_impl(vec<double> low, vec<double> high, std:
   return __builtin_shufflevector(__builtin_convertvector(low, half_floats), __builtin_convertvector(high, half_floats), I...);
 }
 VCR_INLINE vec<float> narrow_halves(vec<double> low, vec<double> high) {
-  return narrow_halves_impl(low, high, std::make_integer_sequence<int, lanes<float>>{});
+  return narrow_halves_impl(low, high, std::make_integer_sequence<int, lanes<float> >{});
 }
+#endif
 
 // A vector of numbers in doubles: float lanes are two vectors, double lanes one.
 template <class A>

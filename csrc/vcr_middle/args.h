@@ -51,7 +51,8 @@ struct MiddleSaved {
     if (training) n += pr.N * pr.C * pr.C + pr.N * CP * pr.pt;
     return n;
   }
-  MiddleSaved(const Problem& pr, A* at) {
+  // Inlined for sure: a copy that the linker shared between levels might be one that this machine can't run.
+  __attribute__((always_inline)) MiddleSaved(const Problem& pr, A* at) {
     const int64_t CP = pr.channels(), K = pr.N * pr.C * pr.pt;
     const auto take = [&at](int64_t count) {
       A* here = at;
