@@ -14,7 +14,9 @@ void sample_concept(const Problem& pr, Sampler sampler, const NormView<A>& view,
                     bool means, bool count_ties, int64_t n, int64_t c, AnyTile tile, A* attention, A* scratch) {
   const int64_t at = n * pr.channels() + c * pr.p, k = (n * pr.C + c) * pr.pt, weights = c * pr.p * pr.pt;
   const A* pivot = view.mhat_stride != 0 ? view.mu + c * pr.p : nullptr;
-  if (means) rows_stats(tile.data, tile.row, pr.p, pr.S, pivot, to.m + at, static_cast<A*>(nullptr));
+  if (means) rows_means(tile.data, tile.row, pr.p, pr.S, pivot, to.m + at);
+  if (means && view.mhat_stride == 0 && sampler == Sampler::static_query)  // the mean is a centre and nothing else
+    for (int64_t j = at; j < at + pr.p; ++j) to.m[j] = to.m[j] - to.m[j] == 0 ? to.m[j] : A(0);
   A *v = scratch, *r = to.r + at, *e = scratch + round_up(pr.p, 16);
   const SampleArgs<A> a = view.concept_args(pr, n, c, v);
   sample_prologue<P, PT>(pr, sampler, a, offset(w.query, weights), offset(w.key, weights), offset(w.logit, c * pr.p), to.q + k, to.u + at,

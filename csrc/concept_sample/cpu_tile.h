@@ -9,6 +9,9 @@ namespace vcr {
 namespace {
 
 constexpr int64_t sample_block = 128 * lanes<float>;  // positions that moments are summed over before the blocks are added up
+// Doubles are fewer to a vector, and their blocks' sums aren't added up in anything wider: shorter ones.
+template <class A>
+inline constexpr int64_t moment_block = sizeof(A) == 4 ? sample_block : 32 * lanes<A>;
 
 // logits[i] = sum_j (y[j, begin + i] - mu[j]) v[j], i < count; lanes past the end are -inf. The sum over j runs in one order
 // everywhere, so that the backward pass finds the same bits.
@@ -313,7 +316,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   A* moment = w + p * pt;
   A* G = moment + p * max(p, pt);
   if (R == nullptr) {
-    for (int64_t i = 0; i < S; i += sample_block) add_first_moment<P>(y, i, min(sample_block, S - i), p, a.mu, e + i, r);
+    for (int64_t i = 0; i < S; i += moment_block<A>) add_first_moment<P>(y, i, min(moment_block<A>, S - i), p, a.mu, e + i, r);
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     return softmax;
   }
@@ -321,7 +324,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
     for (int64_t k = 0; k < pt; ++k) w[j * pt + k] = a.s[j] * value[j * pt + k];
   if constexpr (full_covariance<P>) {
     for (int64_t j = 0; j < P * P; ++j) moment[j] = 0;
-    for (int64_t i = 0; i < S; i += sample_block) add_second_moment<P>(y, i, min(sample_block, S - i), a.mu, e + i, r, moment);
+    for (int64_t i = 0; i < S; i += moment_block<A>) add_second_moment<P>(y, i, min(moment_block<A>, S - i), a.mu, e + i, r, moment);
     for (int64_t j = 0; j < P; ++j) r[j] *= inverse;
     for (int j = 0; j < P; ++j)
       for (int l = j; l < P; ++l) {
@@ -337,11 +340,11 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   } else {
     for (int64_t j = 0; j < p * pt; ++j) moment[j] = 0;
     for (int64_t k = 0; k < pt; ++k) G[k] = 0;
-    for (int64_t i = 0; i < S; i += sample_block) {
+    for (int64_t i = 0; i < S; i += moment_block<A>) {
       if constexpr (states_in_lanes<A, P, PT>)
-        add_moment_by_states<P, PT>(y, i, min(sample_block, S - i), a.mu, w, e + i, projected, G, r, moment);
+        add_moment_by_states<P, PT>(y, i, min(moment_block<A>, S - i), a.mu, w, e + i, projected, G, r, moment);
       else
-        add_projected_moment<P, PT>(y, i, min(sample_block, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+        add_projected_moment<P, PT>(y, i, min(moment_block<A>, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
     }
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     for (int64_t j = 0; j < p; ++j)

@@ -318,14 +318,38 @@ VCR_INLINE vec<float> broadcast_in_quads(vec<float> x) {
   return broadcast_in_quads_impl<k>(x, std::make_integer_sequence<int, lanes<float>>{});
 }
 
+// The same of doubles, for sums over lanes: even and odd lanes, then even and odd pairs, then even and odd fours of a, b in turn.
+template <int kind, int W>
+constexpr int double_index(int i) {
+  constexpr int size = 1 << (kind / 2);  // of what is taken whole
+  const int from = i / size % 2, group = i / (2 * size), k = i % size;
+  return from * W + (2 * group + kind % 2) * size + k;
+}
+template <int kind, int... I>
+VCR_INLINE vec<double> pair_doubles_impl(vec<double> a, vec<double> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, double_index<kind, lanes<double>>(I)...);
+}
+template <int kind>
+VCR_INLINE vec<double> pair_doubles(vec<double> a, vec<double> b) {
+  return pair_doubles_impl<kind>(a, b, std::make_integer_sequence<int, lanes<double>>{});
+}
+
 // Lane i of the result is the sum of rows[i]; lanes<A> rows.
 template <class A>
 VCR_INLINE vec<A> sum_rows(const vec<A>* rows) {
   constexpr int W = lanes<A>;
   if constexpr (sizeof(A) == 8) {
-    vec<A> out = zeros<A>();
-    for (int i = 0; i < W; ++i) out[i] = hsum<A>(rows[i]);
-    return out;
+    vec<A> half[W / 2];
+    for (int i = 0; i < W / 2; ++i) half[i] = pair_doubles<0>(rows[2 * i], rows[2 * i + 1]) + pair_doubles<1>(rows[2 * i], rows[2 * i + 1]);
+    if constexpr (W == 2) {
+      return half[0];
+    } else if constexpr (W == 4) {
+      return pair_doubles<2>(half[0], half[1]) + pair_doubles<3>(half[0], half[1]);
+    } else {
+      const vec<A> x = pair_doubles<2>(half[0], half[1]) + pair_doubles<3>(half[0], half[1]);
+      const vec<A> y = pair_doubles<2>(half[2], half[3]) + pair_doubles<3>(half[2], half[3]);
+      return pair_doubles<4>(x, y) + pair_doubles<5>(x, y);
+    }
   } else {
     vec<A> half[W / 2], quarter[W / 4];
     for (int i = 0; i < W / 2; ++i) half[i] = pair<0>(rows[2 * i], rows[2 * i + 1]) + pair<1>(rows[2 * i], rows[2 * i + 1]);
