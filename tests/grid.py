@@ -21,7 +21,10 @@ MODULATIONS = ("channel", "pixel")
 AFFINES = ("both", "scale", "shift")
 NORMS = ("batch", "given", "none")
 
+# Those that every backend takes, and those of GPUs (and of Triton's interpreter) alone.
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
+GPU_DTYPES = DTYPES | {"f16": torch.float16}
+LOW_PRECISION = ("bf16", "f16")
 
 # name: N, C, p, spatial. 65, 257 and 1025 positions are one past a vector, a block and a tile.
 SIZES: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
@@ -69,7 +72,7 @@ class Case:
     state: str | None = None  # the states' batch norm's statistics: batch, given
     attention: str | None = None  # concept_sample returns it: "with", "without"
     dtype: str = "f32"
-    parameters: str | None = None  # "f32" where they are float32 beside bfloat16 features
+    parameters: str | None = None  # "f32" where they are float32 beside bfloat16 or float16 features
     layout: str | None = "contiguous"
     grad_layout: str | None = None
     offset: str | None = None  # "offset": the map's mean is far from zero
@@ -92,11 +95,11 @@ class Case:
 
     @property
     def feature_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return GPU_DTYPES[self.dtype]
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        return DTYPES[self.parameters or self.dtype]
+        return GPU_DTYPES[self.parameters or self.dtype]
 
     @property
     def small_dtype(self) -> torch.dtype:
@@ -114,7 +117,7 @@ def legal(case: Case) -> bool:
         return False
     if case.attention == "with" and case.sampler == "pool":
         return False
-    if case.parameters is not None and case.dtype != "bf16":
+    if case.parameters is not None and case.dtype not in LOW_PRECISION:
         return False
     if case.layout == "expanded" and n == 1:
         return False
