@@ -24,6 +24,7 @@ LAYOUTS = ("contiguous", "channels_last")
 STAGES = (1, 2, 3, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_SIZE = 224
+DISTINCT = 64  # images; a larger batch repeats them
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,7 @@ def inputs_for(
     images, corner: take so many images of the batch and of each a corner so many positions wide: for cheaper checks.
     device: where the maps and labels lie; the state stays on the CPU.
     """
-    count = max(case.batch, 4)
-    if case.level == "network":
-        count = max(count, 8)
+    count = min(max(case.batch, 8 if case.level == "network" else 4), DISTINCT)
     activations, network_state = _activations(count, case.image_size, device)
     chosen = (torch.arange(images or case.batch) + draw * (images or case.batch)) % count
     labels = None
