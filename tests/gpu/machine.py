@@ -6,8 +6,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -96,6 +95,12 @@ def capture(function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None
     return graph.replay, outputs
 
 
-def full_float32() -> Any:
-    """A context in which convolutions and matrix products of float32 are float32, not TF32."""
-    return nullcontext() if REHEARSED else torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Convolutions of float32 are float32, not TF32; matrix products are so anyway."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -75,13 +75,18 @@ def test_the_host_never_waits(variant, channels_last):
     module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE)
     y, grad = picture(1, channels_last).requires_grad_(), picture(2, channels_last)
     step = training_step(module, y, grad)
-    step()
-    synchronize()
-    with no_host_sync():
+
+    def both():
+        module.train()
         step()
         module.eval()
         with torch.no_grad():
             module(y)
+
+    both()
+    synchronize()
+    with no_host_sync():
+        both()
 
 
 def test_another_stream(variant, channels_last):
