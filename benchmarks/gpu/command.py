@@ -7,10 +7,10 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..cases import IMAGE_SIZE, LAYOUTS, LEVELS, MODES, STAGES, Case, expand
 from ..machine import describe
@@ -27,6 +27,7 @@ from .providers import gpu_providers
 from .rehearsal import Rehearsal
 from .steps import GpuRow, run_case
 
+T = TypeVar("T")
 DEVICES: dict[str, type[Cuda] | type[Rehearsal]] = {"cuda": Cuda, "rehearsal": Rehearsal}
 OUT = Path(__file__).resolve().parent.parent / "out"
 COMPILED_STAGES = (1, 3)
@@ -128,6 +129,7 @@ class Results:
     def __init__(self, kind: str, device: Device, argv: list[str], stem: Path) -> None:
         self.stem, self.device = stem, device
         self.rows: list[Any] = []
+        self.failed = 0
         self.about: dict[str, Any] = {
             "kind": f"gpu-{kind}",
             **describe(argv),
@@ -142,7 +144,8 @@ class Results:
         for path in save(self.about, self.rows, part):
             os.replace(path, path.with_name(path.name.replace(".part", "", 1)))
 
-    def finish(self, seconds: float, draw: Any) -> None:
+    def finish(self, seconds: float, draw: Callable[[dict[str, Any], list[Any], Path], None]) -> None:
+        """Write the files for good, and the picture; print where they are and the headlines."""
         self.about["seconds"] = round(seconds, 1)
         self.about["device_at_end"] = self.device.describe()  # its clocks and temperature now
         self.add([])
@@ -179,19 +182,16 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def in_time(cases: Sequence[Any], budget: Budget, results: Results) -> Iterator[tuple[int, Any]]:
-    """The cases with their numbers, until the time is over or the process is told to end; the rest is noted."""
-    number = -1
-    try:
-        for number, case in enumerate(cases):
-            if budget.left <= 0:
-                results.about["left_out"] = f"{len(cases) - number} of {len(cases)} cases: out of time"
-                print(results.about["left_out"], flush=True)
-                return
-            yield number, case
-    except KeyboardInterrupt:
-        results.about["interrupted"] = results.about["left_out"] = f"interrupted in case {number + 1} of {len(cases)}"
-        print(results.about["interrupted"], flush=True)
+def in_time(cases: Sequence[T], budget: Budget, results: Results) -> Iterator[tuple[int, T]]:
+    """The cases with their numbers, until the time is over; how many are left out is noted."""
+    for number, case in enumerate(cases):
+        if budget.left <= 0:
+            results.about["left_out"] = f"{len(cases) - number} of {len(cases)} cases: out of time"
+            print(results.about["left_out"], flush=True)
+            return
+        results.about["left_out"] = f"interrupted in case {number + 1} of {len(cases)}"  # if it ends here
+        yield number, case
+        del results.about["left_out"]
 
 
 def _stem(options: argparse.Namespace, command: str) -> Path:
@@ -200,7 +200,7 @@ def _stem(options: argparse.Namespace, command: str) -> Path:
     return OUT / f"{command}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def run(options: argparse.Namespace, device: Device, results: Results, budget: Budget) -> bool:
+def run(options: argparse.Namespace, device: Device, results: Results, budget: Budget) -> None:
     providers = gpu_providers(device)
     unknown = set(options.providers or ()) - providers.keys()
     if unknown:
@@ -221,51 +221,54 @@ def run(options: argparse.Namespace, device: Device, results: Results, budget: B
         )
         results.add(rows)
         expected[case.level] = left - budget.left - sum(row.compile_s or 0.0 for row in rows)
-        took = budget.seconds - budget.left
-        print(f"[{number + 1}/{len(planned)} {took:.0f} s] {case.name}: {report.summary(rows)}", flush=True)
-    print(report.table(results.rows))
-    return not any(row.role == "product" and _failed(row) for row in results.rows)
+        results.failed += any(row.role == "product" and _failed(row) for row in rows)
+        print(f"{_stamp(number, len(planned), budget)} {case.name}: {report.summary(rows)}", flush=True)
 
 
 def _failed(row: GpuRow) -> bool:
     return row.reason is not None and row.reason != LEFT_OUT and not row.reason.startswith("no time left")
 
 
-def passes(options: argparse.Namespace, device: Device, results: Results, budget: Budget) -> bool:
+def _stamp(number: int, cases: int, budget: Budget) -> str:
+    return f"[{number + 1}/{cases} {budget.seconds - budget.left:.0f} s]"
+
+
+def passes(options: argparse.Namespace, device: Device, results: Results, budget: Budget) -> None:
     provider = gpu_providers(device)["fused"]
     cases = expand(
         ["middle"], options.modes, options.stages, options.batch, [], options.dtype, options.layouts, options.image_size
     )
-    failed = False
+    peak = results.about["device"].get("peak_gbps")
     for number, case in in_time(cases, budget, results):
         rows: list[GpuPassRow] = []
         try:
-            rows = measure(
-                case, device, provider, runs=options.runs, peak_gbps=results.about["device"].get("peak_gbps")
-            )
-            outcome = ", ".join(f"{r.name} {share(r.gbps, r.copy_gbps)}" for r in rows if r.gbps)
+            rows = measure(case, device, provider, runs=options.runs, peak_gbps=peak)
+            outcome = ", ".join(f"{row.name} {share(row.gbps, row.copy_gbps)}" for row in rows if row.gbps)
         except Exception as error:
-            failed, outcome = True, f"failed: {type(error).__name__}: {error}"
+            results.failed += 1
+            outcome = f"failed: {type(error).__name__}: {error}"
         results.add(rows)
-        took = budget.seconds - budget.left
-        print(f"[{number + 1}/{len(cases)} {took:.0f} s] {case.name}: of copy: {outcome}", flush=True)
-    print(table(results.rows))
-    return not failed
+        print(f"{_stamp(number, len(cases), budget)} {case.name}: of copy: {outcome}", flush=True)
 
 
 def main(command: str, device_name: str, argv: Sequence[str]) -> int:
-    """Run ``run`` or ``passes`` on a device; returns the exit status: 0, or 1 where a product side is wrong, can't run
-    or was interrupted.
+    """Run ``run`` or ``passes`` on a device; returns the exit status: 0, or 1 where a product side is wrong or can't
+    run, or the run was interrupted.
     """
     options = _parser(command).parse_args(list(argv))
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
-    words: Iterable[str] = () if command == "run" else (command,)
-    stem = _stem(options, command)
-    results = Results(command, device, [*words, "--device", device_name, *argv], stem)
+    words = [] if command == "run" else [command]
+    results = Results(command, device, [*words, "--device", device_name, *argv], _stem(options, command))
     with terminable():
-        good = {"run": run, "passes": passes}[command](options, device, results, budget)
-        draw = report.steps_picture if command == "run" else report.passes_picture
+        try:
+            {"run": run, "passes": passes}[command](options, device, results, budget)
+        except KeyboardInterrupt:
+            results.failed += 1
+            print(results.about["left_out"], flush=True)
+        show: Callable[[list[Any]], str] = report.table if command == "run" else table
+        print(show(results.rows))
+        draw: Callable[..., None] = report.steps_picture if command == "run" else report.passes_picture
         results.finish(budget.seconds - budget.left, draw)
     sys.stdout.flush()
-    return 0 if good and "interrupted" not in results.about else 1
+    return 1 if results.failed else 0
