@@ -5,8 +5,11 @@ import os
 import pytest
 import torch
 
+from . import interpreter
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(interpreter.plugin())
     # Tests are small: one thread is fastest, and leaves the other cores alone. Threads are tested by their own tests.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,27 @@ LAYOUTS = (
     "expanded",
 )
 GRAD_LAYOUTS = ("contiguous", "channels_last", "expanded", "sliced_channels", "permuted")
+
+
+class Choices(NamedTuple):
+    """What the factors that all ops share may be."""
+
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...]
+    grad_layouts: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+
+EVERYTHING = Choices(tuple(DTYPES), LAYOUTS, GRAD_LAYOUTS, tuple(SIZES))
+# Triton's interpreter takes milliseconds for what one block of a GPU does: few positions, few concepts. Its tiles are
+# as small (configs.json), so that loops and tails are run all the same.
+INTERPRETED = Choices(
+    tuple(GPU_DTYPES),
+    ("contiguous", "channels_last", "sliced_channels", "expanded"),
+    ("contiguous", "channels_last", "permuted"),
+    ("N3C4p4S1", "N2C1p5S9", "N2C3p1S15", "N1C3p5S65"),
+)
+SMALL = "N2C4p3S7"
 
 
 @dataclass(frozen=True)

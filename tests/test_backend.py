@@ -17,10 +17,12 @@ CPU = Case("cpu")
 
 def test_auto_takes_the_device_s_own() -> None:
     assert resolve("auto", CPU).name == resolve(None, CPU).name == "cpp"
-    for device in ("cuda", "mps", "xpu", "meta"):
+    assert choose("auto", Case("cuda"))[0].name == "triton"
+    for device in ("mps", "xpu", "meta"):
         assert resolve("auto", Case(device)).name == "composite"
     for tracing in ("torch.func", "ONNX export"):
-        assert resolve("auto", Case("cpu", tracing)).name == "composite"
+        for device in ("cpu", "cuda"):
+            assert resolve("auto", Case(device, tracing)).name == "composite"
 
 
 def test_keyword_over_context_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +95,12 @@ def test_library_that_does_not_load(tmp_path: object, monkeypatch: pytest.Monkey
         resolve("auto", CPU)
 
 
-@pytest.mark.parametrize("name", ["CPP", "triton", "", 3])
+@pytest.mark.parametrize("name", ["CPP", "cuda", "", 3])
 def test_unknown_names(name: object) -> None:
-    message = "backend is .*; it takes one of 'auto', 'cpp', 'composite'" if name else "name is ''; it takes"
+    message = "backend is .*; it takes one of 'auto', 'cpp', 'triton', 'composite'" if name else "name is ''; it takes"
     with pytest.raises(ValueError, match=message):
         resolve(name, CPU) if name else vcr_ops.use_backend(name)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"name is .*; it takes one of 'auto', 'cpp', 'composite'"):
+    with pytest.raises(ValueError, match=r"name is .*; it takes one of 'auto', 'cpp', 'triton', 'composite'"):
         vcr_ops.use_backend(name)  # type: ignore[arg-type]
 
 

@@ -71,7 +71,7 @@ def test_cpp_raises(op: str) -> None:
     for grad, of in zip(grads, inputs, strict=True):
         assert grad.requires_grad
         with pytest.raises(
-            NotImplementedError, match="the cpp backend has no double backward; use backend='composite'"
+            NotImplementedError, match="the fused kernels have no double backward; use backend='composite'"
         ):
             torch.autograd.grad(grad.sum(), of, retain_graph=True)
 
@@ -87,7 +87,7 @@ def test_gradient_penalty(variant: str) -> None:
         return list(torch.autograd.grad(dy.square().sum(), list(m.parameters()), allow_unused=True))
 
     assert any(grad is not None and bool(grad.abs().sum() > 0) for grad in penalty("composite"))
-    with pytest.raises(NotImplementedError, match="vcr_middle: the cpp backend has no double backward"):
+    with pytest.raises(NotImplementedError, match="vcr_middle: the fused kernels have no double backward"):
         penalty("cpp")
 
 

@@ -4,13 +4,23 @@ the composite's second derivatives too; and the C++ ops refuse to be differentia
 import pytest
 import torch
 
+from .backends import BACKENDS, KERNELS, with_backends
+from .grid import SMALL, arrange
 from .ops import adapters
 
 ADAPTERS = adapters()
-VARIANTS = [case for adapter in ADAPTERS.values() for case in adapter.variants(dtype="f64", size="N2C4p3S7")]
-IDS = [case.id for case in VARIANTS]
+VARIANTS = [case for adapter in ADAPTERS.values() for case in adapter.variants(dtype="f64", size=SMALL)]
+SINGLE = [case for case in VARIANTS if case.op != "vcr_middle"]
+MIDDLE = [case for case in VARIANTS if case.op == "vcr_middle"]
 # Slow; the middle's variants are made of the single ops', which are all here, so some will do.
-TWICE = [case for case in VARIANTS if case.op != "vcr_middle"] + [c for c in VARIANTS if c.op == "vcr_middle"][::7]
+TWICE = SINGLE + MIDDLE[::7]
+# A layout has kernels of its own. Odd steps, so that both layouts meet every choice.
+INTERPRETED = [
+    case.but(layout=case.layout and layout)
+    for layout, step in (("contiguous", 11), ("channels_last", 13))
+    for case in SINGLE + MIDDLE[::step]
+    if layout == "contiguous" or case.op != "concept_reason"
+]
 # The slow check compares every entry of the Jacobian, the fast one random combinations of them.
 SLOW = [
     adapter.variants(dtype="f64", size="N2C3p1S15", layout="channels_last")[i]
@@ -33,16 +43,33 @@ def function_of(case, backend):
     return function, tuple(leaves[name] for name in names)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "composite"])
-@pytest.mark.parametrize("case", VARIANTS, ids=IDS)
+@with_backends(VARIANTS, (), VARIANTS)
 def test_gradcheck(case, backend):
     function, inputs = function_of(case, backend)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", SLOW, ids=[case.id for case in SLOW])
-def test_gradcheck_of_every_entry(case):
-    function, inputs = function_of(case, "cpp")
+@with_backends((), INTERPRETED)
+def test_gradcheck_of_all_inputs_at_once(case, backend):
+    """The inputs as one vector: the fast check then takes two forwards, not two for each input."""
+    function, inputs = function_of(case, backend)
+    vector = torch.cat([x.detach().flatten() for x in inputs]).requires_grad_()
+
+    def of_vector(vector):
+        pieces = vector.split([x.numel() for x in inputs])
+        return function(
+            *(
+                arrange(piece.view(x.shape), "contiguous" if x.is_contiguous() else case.layout)
+                for piece, x in zip(pieces, inputs, strict=True)
+            )
+        )
+
+    assert torch.autograd.gradcheck(of_vector, vector, fast_mode=True, check_undefined_grad=False)
+
+
+@with_backends(SLOW, [case for case in SLOW if case.op == "concept_sample"])
+def test_gradcheck_of_every_entry(case, backend):
+    function, inputs = function_of(case, backend)
     assert torch.autograd.gradcheck(function, inputs)
 
 
@@ -52,21 +79,22 @@ def test_gradgradcheck_of_the_composite(case):
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("op", ADAPTERS)
-def test_no_double_backward_in_cpp(op):
-    case = ADAPTERS[op].variants(dtype="f64", size="N2C4p3S7")[0]
-    function, inputs = function_of(case, "cpp")
+def test_no_double_backward_of_kernels(op, backend):
+    case = ADAPTERS[op].variants(dtype="f64", size=SMALL)[0]
+    function, inputs = function_of(case, backend)
     first = torch.autograd.grad(function(*inputs)[0].square().sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="composite"):
         torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "composite"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", ADAPTERS)
 def test_only_some_inputs_require_gradients(op, backend):
     """A gradient doesn't depend on which others are asked for."""
     adapter = ADAPTERS[op]
-    case = adapter.variants(dtype="f32", size="N2C4p3S7")[0]
+    case = adapter.variants(dtype="f32", size=SMALL)[0]
     inputs, gradients = adapter.draw(case)
     everything = adapter.our_result(inputs, gradients, case, backend).gradients
     for name in everything:

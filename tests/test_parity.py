@@ -3,37 +3,32 @@ and all gradients, with fresh memory full of NaN."""
 
 import functools
 
-import pytest
 import torch
 
 from . import grid
+from .backends import with_backends
 from .ops import adapters
 
 ADAPTERS = adapters()
 CASES = [case for adapter in ADAPTERS.values() for case in adapter.cases()]
+INTERPRETED = [case for adapter in ADAPTERS.values() for case in adapter.cases(grid.INTERPRETED)]
 # The composite needs no case of its own for the strides of slices: PyTorch's ops take care of them.
 COMPOSITE = [case for case in CASES if case.layout in (None, "contiguous", "channels_last", "permuted")]
 
 
-def with_backends(cases, composite):
-    pairs = [(case, "cpp") for case in cases] + [(case, "composite") for case in composite]
-    return functools.partial(
-        pytest.mark.parametrize, "case, backend", pairs, ids=[f"{case.id}-{backend}" for case, backend in pairs]
-    )()
-
-
-@with_backends(CASES, COMPOSITE)
+@with_backends(CASES, INTERPRETED, COMPOSITE)
 def test_close_to_float64(case, backend, nan_memory):
     ADAPTERS[case.op].closeness(case, backend).check()
 
 
 # Every variant has been seen above; kernels of inference differ by layout and size.
-INFERENCE = [case for case in CASES if case.op != "concept_reason" and case.norm in (None, "given", "none")][::2]
+def inference(cases):
+    return [case for case in cases if case.op != "concept_reason" and case.norm in (None, "given", "none")][::2]
 
 
-@pytest.mark.parametrize("case", INFERENCE, ids=[case.id for case in INFERENCE])
-def test_inference_is_close_to_float64(case, nan_memory):
-    ADAPTERS[case.op].closeness(case, "cpp", inference=True).check()
+@with_backends(inference(CASES), inference(INTERPRETED))
+def test_inference_is_close_to_float64(case, backend, nan_memory):
+    ADAPTERS[case.op].closeness(case, backend, inference=True).check()
 
 
 EMPTY = [
@@ -46,8 +41,7 @@ EMPTY = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["cpp", "composite"])
-@pytest.mark.parametrize("case", EMPTY, ids=[case.id for case in EMPTY])
+@with_backends(EMPTY, EMPTY, EMPTY)
 def test_no_images(case, backend):
     """N = 0: outputs without elements, and gradients of zero."""
     adapter = ADAPTERS[case.op]

@@ -1,6 +1,7 @@
 """``python -m vcr_ops``: the environment report that a bug report needs."""
 
 import importlib
+import importlib.metadata
 import os
 import platform
 import sys
@@ -10,7 +11,15 @@ import torch
 
 from . import __version__, backend, library
 
-VARIABLES = ("VCR_OPS_BACKEND", "VCR_OPS_ISA", "VCR_OPS_PROFILE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY")
+VARIABLES = (
+    "VCR_OPS_BACKEND",
+    "VCR_OPS_ISA",
+    "VCR_OPS_PROFILE",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "KMP_AFFINITY",
+)
 
 
 def _cpu() -> str:
@@ -43,6 +52,21 @@ def _built() -> Iterator[tuple[str, str]]:
         yield "C++ ops", f"not loaded: {why_not}"
 
 
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")  # without importing it
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        arch = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
+        size = f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.0f} GiB"
+        yield f"GPU {number}", f"{gpu.name}, {arch}, {size}"
+
+
 def report() -> str:
     """The report, one line each: versions, what was built, machine, environment variables, backends."""
     devices = ["cpu"] + [name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available()]
@@ -54,6 +78,8 @@ def report() -> str:
         ("cpu", f"{_cpu()}, {_cores()} usable cores, torch uses {torch.get_num_threads()} threads"),
         ("torch's vectors", torch.backends.cpu.get_cpu_capability()),
         *_built(),
+        ("triton", _triton() + (" (its interpreter is on)" if backend.INTERPRETED else "")),
+        *_gpus(),
         ("devices", ", ".join(devices)),
         ("environment", ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none"),
     ]

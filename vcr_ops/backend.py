@@ -2,11 +2,13 @@
 
 A backend is named by the keyword ``backend=`` of a function or module, else by the context manager
 :func:`use_backend`, else by the environment variable ``VCR_OPS_BACKEND`` (read when vcr_ops is imported). Where all of
-them say "auto" or nothing, the device decides: the C++ ops for CPU tensors, ``composite`` elsewhere.
-:func:`resolve` is the only place where that happens. A backend that was asked for by name and can't run raises, and
-"auto" never falls back because something is missing or fails.
+them say "auto" or nothing, the device decides: the C++ ops for CPU tensors, Triton's for CUDA and ROCm tensors,
+``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
+can't run raises, and "auto" never falls back because something is missing or fails: on a GPU without Triton it raises,
+too, and says what to do.
 """
 
+import importlib.util
 import os
 import threading
 from collections.abc import Callable
@@ -17,21 +19,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import library
 
 ENVIRONMENT = os.environ.get("VCR_OPS_BACKEND", "")
+# Triton's own switch, as Triton reads it: kernels run as Python, on tensors of any device.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 class Case(NamedTuple):
     """What a backend's ability depends on.
 
     ``device``: a device type, as "cpu". ``tracing``: "" or what is rewriting the op, as :func:`tracing`
-    says.
+    says. ``number``: which device of its type. ``fake``: the tensors have no memory, so nothing will run.
     """
 
     device: str
     tracing: str = ""
+    number: int = 0
+    fake: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,66 @@ def _composite_why_not(case: Case) -> str | None:
     return None
 
 
+def _triton_why_not(case: Case) -> str | None:
+    if case.tracing:
+        return f"{case.tracing} can't look into the Triton kernels; use backend='composite'"
+    if case.device not in ("cuda", "meta") and not (INTERPRETED and case.device == "cpu"):
+        text = f"its kernels are for CUDA and ROCm tensors, and these are on {case.device!r}; use backend="
+        return f"{text}'cpp', or set TRITON_INTERPRET=1 to debug" if case.device == "cpu" else f"{text}'composite'"
+    # The op library has the schemas, and the sizes of what the ops return are known without Triton.
+    return library.why_not() or (None if case.fake or case.device == "meta" else _no_triton(case.device, case.number))
+
+
+_checked: dict[tuple[str, int], str | None] = {}
+
+
+def _no_triton(device: str, number: int) -> str | None:
+    """What keeps Triton kernels from running on a device, and what would help."""
+    if (device, number) not in _checked:
+        _checked[device, number] = _look_for_triton(device, number)
+    return _checked[device, number]
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _look_for_triton(device: str, number: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton isn't installed; `pip install 'triton>=3.6'`, or use backend='composite'"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return (
+            "PyTorch finds no GPU here; look at what nvidia-smi or rocm-smi says, or use backend='composite'"
+            if built
+            else f"this PyTorch ({torch.__version__}) is built without CUDA or ROCm; install one that has it"
+        )
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(number).gcnArchName.split(":")[0]
+        supported = name.startswith("gfx9")
+    else:
+        major, minor = torch.cuda.get_device_capability(number)
+        name, supported = f"sm_{major}{minor}", major >= 8
+    if not supported:
+        return (
+            f"its kernels are for compute capability 8.0 and later (sm_80) and for AMD's gfx9, and {device}:{number} "
+            f"is {name}; use backend='composite'"
+        )
+    return None
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpp", ("cpu",), "fused C++ kernels, the fewest passes over the map", _cpp_why_not),
+        Backend("triton", ("cuda",), "fused Triton kernels, the fewest passes over the map", _triton_why_not),
         Backend("composite", (), "the folded algebra in PyTorch ops, differentiable twice", _composite_why_not),
     )
 }
 NAMES = ("auto", *BACKENDS)
-_CPP, _COMPOSITE = BACKENDS["cpp"], BACKENDS["composite"]
+_CPP, _TRITON, _COMPOSITE = BACKENDS.values()
 
 
 class _Context(threading.local):
@@ -87,7 +145,7 @@ class use_backend(ContextDecorator):
     """Context manager: run the ops of this thread on a backend, where the keyword ``backend`` doesn't name another.
 
     Args:
-        name: "cpp", "composite", or "auto" for the device's own, also within another ``use_backend``.
+        name: "cpp", "triton", "composite", or "auto" for the device's own, also within another ``use_backend``.
     Raises:
         ValueError: an unknown name.
     """
@@ -122,7 +180,16 @@ def case_of(z: Tensor) -> Case:
     rewriting = tracing()
     if z.is_cpu and not rewriting:
         return _CPU  # the hot path makes no objects
-    return Case(z.device.type, rewriting)
+    return Case(z.device.type, rewriting, z.device.index or 0, _is_fake(z))
+
+
+def _is_fake(z: Tensor) -> bool:
+    # A compiler's own tensors stand for real ones.
+    if type(z) is Tensor or type(z) is Parameter or torch.compiler.is_compiling():
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(z, FakeTensor)
 
 
 def choose(requested: str | None, case: Case) -> tuple[Backend, str]:
@@ -136,11 +203,19 @@ def choose(requested: str | None, case: Case) -> tuple[Backend, str]:
     elif ENVIRONMENT and ENVIRONMENT != "auto":
         check_backend(ENVIRONMENT, "the environment variable VCR_OPS_BACKEND")
         return BACKENDS[ENVIRONMENT], "the environment variable VCR_OPS_BACKEND names it"
-    if case.device != "cpu":
+    if case.device not in ("cpu", "cuda"):
         return _COMPOSITE, f"auto takes it on {case.device!r}, which has no kernels of its own"
     if case.tracing:
-        return _COMPOSITE, f"auto takes it under {case.tracing}, which can't look into the C++ ops"
+        return _COMPOSITE, f"auto takes it under {case.tracing}, which can't look into the fused ops"
+    if case.device == "cuda":
+        return _TRITON, "auto takes it for CUDA and ROCm tensors"
     return _CPP, "auto takes it for CPU tensors"
+
+
+def named() -> str:
+    """The backend that the context or the environment names, or ""."""
+    name = _context.name or ENVIRONMENT
+    return "" if name == "auto" else name
 
 
 def resolve(requested: str | None, case: Case) -> Backend:

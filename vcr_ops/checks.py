@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backend import INTERPRETED
 from .variants import AFFINES, EDGES, MODULATIONS, NORMS, SAMPLERS
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def check_tensor(argument: str, got: object) -> None:
         raise TypeError(f"{argument} has layout {got.layout}; it takes a dense tensor (call to_dense() first)")
     if got.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{argument} is {_short(got.dtype)}; it takes {', '.join(map(_short, FEATURE_DTYPES))}")
-    if got.dtype == torch.float16 and got.device.type == "cpu":
+    if got.dtype == torch.float16 and got.device.type == "cpu" and not INTERPRETED:
         raise TypeError(f"{argument} is float16 on the CPU, where it takes float32, float64 or bfloat16")
 
 

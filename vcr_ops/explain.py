@@ -139,9 +139,9 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     strided = map_format(y) == "strided"
     steps, copies, notes = [], [], []
     for training in (True, False):
-        arguments = _arguments(y, norm, middle, path, training)
-        if backend.name == "cpp":
-            forward, backward = _cpp_passes(arguments, path, training)
+        arguments = op_arguments(y, norm, middle, path, training)
+        if backend.name != "composite":
+            forward, backward = _fused_passes(backend.name, arguments, path, training)
         else:
             forward, backward = _composite_passes(y, arguments, training)
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
@@ -150,12 +150,12 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
             steps.append(Step("training backward", backward, _backward_flops(shapes)))
     if strided:
         copies.append("the map's strides fit neither memory format: one dense copy, forward and backward")
-    if backend.name == "cpp":
-        if backend.why_not(case) is None:
+    if backend.name == "composite":
+        notes.append("reads and writes counted over eager PyTorch ops; compiled code makes fewer")
+    else:
+        if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
         notes.append("evaluation's second read comes from cache, where the map of an image fits it")
-    else:
-        notes.append("reads and writes counted over eager PyTorch ops; compiled code makes fewer")
     if path != "whole":
         notes.append("the norm's own passes are not counted")
     return Explanation(
@@ -191,7 +191,7 @@ def _like(y: Tensor) -> Tensor:
         return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device)
 
 
-def _arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -> tuple[Any, ...]:
+def op_arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -> tuple[Any, ...]:
     """The arguments of the middle's op in a mode."""
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
 
@@ -231,10 +231,14 @@ def _backward_flops(shapes: list[Any]) -> int:
     return flops.vcr_middle_backward(*arguments)
 
 
-def _cpp_passes(arguments: tuple[Any, ...], path: str, training: bool) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes of the C++ ops, which their sources describe under the same names."""
-    attend = [Pass("concept_sample", 1, 0)]
-    if arguments[18] == "batch":
+def _fused_passes(
+    backend: str, arguments: tuple[Any, ...], path: str, training: bool
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of the fused kernels, C++ or Triton, which their sources describe under the same names."""
+    batch, pool = arguments[18] == "batch", arguments[21] == "pool"
+    # Triton's pool sampler takes the mean from the statistics. The C++ one reads again.
+    attend = [] if backend == "triton" and batch and pool else [Pass("concept_sample", 1, 0)]
+    if batch:
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))
     backward = [Pass("modulate_backward_sums", 2, 0), Pass("middle_input_grad", 2, 1)]

@@ -28,7 +28,7 @@ def positions(z: Tensor) -> int:
     return math.prod(z.shape[2:])
 
 
-def _position_stride(z: Tensor) -> int | None:
+def position_stride(z: Tensor) -> int | None:
     """The stride of the spatial dims taken as one, or None where they can't be."""
     stride, extent = 1, 0
     for size, step in zip(reversed(z.shape[2:]), reversed(z.stride()[2:]), strict=True):
@@ -49,7 +49,7 @@ def map_format(z: Tensor) -> str:
     The strides of images are free in both, so are those of channels (contiguous) or positions (channels_last).
     """
     # The rules of csrc/binding/unpack.h: overlapping memory, as an expanded map's, is copied too.
-    stride, channels = _position_stride(z), z.shape[1]
+    stride, channels = position_stride(z), z.shape[1]
     if stride == 1 and (channels == 1 or positions(z) == 1 or z.stride(1) >= positions(z)):
         return "contiguous"
     if stride is not None and channels > 1 and z.stride(1) == 1 and stride >= channels and z.dim() <= 5:

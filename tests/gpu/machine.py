@@ -15,6 +15,8 @@ from torch import Tensor
 from tests.grid import Case
 
 REHEARSED = os.environ.get("VCR_OPS_GPU_REHEARSAL", "")
+# Triton decides when it is imported whether kernels are interpreted: such tests have a process of their own.
+MARKS = [pytest.mark.gpu, *([pytest.mark.triton] if REHEARSED == "triton" else [])]
 DEVICE = "cpu" if REHEARSED else "cuda"
 BACKEND = REHEARSED or "triton"
 LARGE = 1 << 12 if REHEARSED else 1 << 31  # elements that no 32-bit offset reaches

@@ -5,9 +5,9 @@ import torch
 
 from tests.ops import adapters
 
-from .machine import DEVICE, backend_for
+from .machine import DEVICE, MARKS, backend_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 ADAPTERS = adapters()
 VARIANTS = [

@@ -11,6 +11,7 @@ from tests.small import VARIANTS, feature_map, middle
 from .machine import (
     BACKEND,
     DEVICE,
+    MARKS,
     capture,
     current_device,
     no_host_sync,
@@ -20,7 +21,7 @@ from .machine import (
 )
 
 pytestmark = [
-    pytest.mark.gpu,
+    *MARKS,
     pytest.mark.parametrize("variant", VARIANTS),
     pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"]),
 ]

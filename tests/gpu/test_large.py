@@ -7,9 +7,9 @@ import torch
 
 from tests.small import assert_same, feature_map, middle
 
-from .machine import BACKEND, DEVICE, LARGE, free_bytes
+from .machine import BACKEND, DEVICE, LARGE, MARKS, free_bytes
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 CHANNELS, SIDE, IMAGES = 128, 56, 4
 TIMES = max(2, -(-LARGE // (CHANNELS * SIDE * SIDE * IMAGES)))  # the small batch so many times

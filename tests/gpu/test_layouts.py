@@ -7,9 +7,9 @@ import torch
 from tests import grid
 from tests.ops import adapters
 
-from .machine import DEVICE, backend_for
+from .machine import DEVICE, MARKS, backend_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 ADAPTERS = {name: adapter for name, adapter in adapters().items() if adapter.maps}
 SIZE = "N3C4p16S49"

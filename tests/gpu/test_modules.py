@@ -11,9 +11,9 @@ import vcr_ops
 from tests.closeness import Closeness, Result
 from tests.small import VARIANTS, assert_same, block, feature_map, middle, results
 
-from .machine import BACKEND, DEVICE, REHEARSED, full_float32
+from .machine import BACKEND, DEVICE, MARKS, REHEARSED, full_float32
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 LAYOUT = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

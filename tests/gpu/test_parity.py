@@ -9,9 +9,9 @@ import torch
 from tests import grid
 from tests.ops import adapters
 
-from .machine import DEVICE, backend_for
+from .machine import DEVICE, MARKS, backend_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 ADAPTERS = adapters()
 # Every kernel is compiled for every combination: half of the cases, and each of them in one of the low precisions.

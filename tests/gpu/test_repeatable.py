@@ -6,9 +6,9 @@ import torch
 
 from tests.ops import adapters
 
-from .machine import DEVICE, DTYPES, backend_for
+from .machine import DEVICE, DTYPES, MARKS, backend_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 ADAPTERS = adapters()
 LAYOUTS = ["contiguous", "channels_last"]

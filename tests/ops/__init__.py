@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..closeness import MINIMUM_DRAWS, Closeness, Result
 from ..extended import fine_result
-from ..grid import LOW_PRECISION, Case, arrange, same_images
+from ..grid import EVERYTHING, LOW_PRECISION, Case, Choices, arrange, same_images
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ class Adapter:
     small: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
 
-    def cases(self) -> list[Case]:
+    def cases(self, choices: Choices = EVERYTHING) -> list[Case]:
         """The grid."""
         raise NotImplementedError
 
@@ -197,6 +197,8 @@ class Adapter:
         size = math.prod(case.shape[:3]) * math.prod(case.shape[3])
         if size > 10_000:
             draws = min(draws, 8)
+        if backend == "triton":
+            draws = MINIMUM_DRAWS  # the interpreter is slow; what is beyond the limit gets its further draws below
         while len(results) < draws:
             add()
         # What is a little beyond the limit is looked at closely before it fails: more draws, less those that are badly

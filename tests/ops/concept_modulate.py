@@ -16,17 +16,17 @@ class ConceptModulate(Adapter):
     maps = ("z",)
     small = ("state", "attention")
 
-    def cases(self):
+    def cases(self, choices=grid.EVERYTHING):
         return grid.pairwise(
             self.name,
             {
                 "modulation": grid.MODULATIONS,
                 "affine": grid.AFFINES,
-                "dtype": tuple(grid.DTYPES),
+                "dtype": choices.dtypes,
                 "parameters": (None, "f32"),
-                "layout": grid.LAYOUTS,
-                "grad_layout": grid.GRAD_LAYOUTS,
-                "size": tuple(grid.SIZES),
+                "layout": choices.layouts,
+                "grad_layout": choices.grad_layouts,
+                "size": choices.sizes,
             },
         )
 

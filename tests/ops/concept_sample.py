@@ -13,16 +13,16 @@ class ConceptSample(Adapter):
     name = "concept_sample"
     maps = ("z",)
 
-    def cases(self):
+    def cases(self, choices=grid.EVERYTHING):
         return grid.pairwise(
             self.name,
             {
                 "sampler": grid.SAMPLERS,
                 "attention": ("with", "without"),
-                "dtype": tuple(grid.DTYPES),
+                "dtype": choices.dtypes,
                 "parameters": (None, "f32"),
-                "layout": grid.LAYOUTS,
-                "size": tuple(grid.SIZES),
+                "layout": choices.layouts,
+                "size": choices.sizes,
             },
         )
 

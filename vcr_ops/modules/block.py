@@ -28,7 +28,7 @@ class VCRBlock(nn.Module):
         modulation: "channel" or "pixel" (not with "pool"). affine: "both", "scale" or "shift".
         ndim: 1, 2 or 3 spatial dims.
         zero_init: start as the plain ResNeXt block with the same weights.
-        backend: "auto", "cpp" or "composite".
+        backend: "auto", "cpp", "triton" or "composite".
     """
 
     expansion = 4

@@ -1,14 +1,71 @@
-"""What the ops share on their way from Python to the C++ kernels."""
+"""What the ops share on their way from Python to the kernels."""
 
+import functools
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from ..backend import INTERPRETED, named, use_backend
 from ..maps import acc_dtype
 
 OpOverload = Any  # torch types its overloads as functions of anything
+Function = Callable[..., Any]
+
+# The backends behind a dispatch key that are functions in Python. A key holds one function, so this is where several
+# meet: it takes the one that use_backend or the environment names, else the first. (A compiled call has lost its
+# keyword by then.) The interpreter's tensors are on the CPU, where the C++ kernels come first.
+_SERVED = {"CUDA": ("triton",)} | ({"CPU": ("cpp", "triton")} if INTERPRETED else {})
+_LIBRARY = torch.library.Library("vcr_ops", "IMPL")
+_functions: dict[tuple[OpOverload, str], Function] = {}
+
+
+def function_of(op: OpOverload, backend: str) -> Function:
+    """The Python function that runs an op: forward or backward of ``vcr_ops/ops/<op>/<backend>.py``."""
+    function = _functions.get((op, backend))
+    if function is None:  # the first call imports what the backend needs
+        name = op._schema.name.removeprefix("vcr_ops::")
+        module = importlib.import_module(f".{name.removesuffix('_backward')}.{backend}", __package__)
+        function = module.backward if name.endswith("_backward") else module.forward
+        _functions[op, backend] = function
+    return function
+
+
+def _serve(op: OpOverload, backends: tuple[str, ...]) -> Function:
+    def kernel(*args: Any) -> Any:
+        name = named()
+        return function_of(op, name if name in backends else backends[0])(*args)
+
+    return kernel
+
+
+def _register_python(op: OpOverload) -> None:
+    if INTERPRETED:
+        kernel = torch.library.get_kernel(op, "CPU")
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        _functions[op, "cpp"] = functools.partial(kernel.call_boxed, keys)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it knows that it overrides
+        for key, backends in _SERVED.items():
+            _LIBRARY.impl(op, _serve(op, backends), key, allow_override=True)
+
+
+def as_run_by(backend: str, op: OpOverload, x: Tensor) -> Function:
+    """An op as another backend than "cpp" runs it on ``x``: straight its Python function, past the dispatcher.
+
+    Where something looks on (fake tensors, a FLOP counter), it goes through the dispatcher.
+    """
+    watched = torch._C._len_torch_dispatch_stack() or (type(x) is not Tensor and type(x) is not Parameter) or x.is_meta
+    return functools.partial(_dispatch, backend, op) if watched else function_of(op, backend)
+
+
+def _dispatch(backend: str, op: OpOverload, *args: Any) -> Any:
+    with use_backend(backend):
+        return op(*args)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -20,20 +77,27 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def call(op: OpOverload, *args: Any) -> Any:
-    """Call a registered op past its autograd formula, which the surrounding autograd.Function replaces."""
+def call(backend: str, op: OpOverload, *args: Any) -> Any:
+    """Call a registered op past its autograd formula, which the surrounding autograd.Function replaces.
+
+    For "cpp" that is the op itself, whatever its tensors' device.
+    """
     if torch.compiler.is_compiling():
         return op(*args)
+    run = op if backend == "cpp" else as_run_by(backend, op, args[0])
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return run(*args)
 
 
-def call_backward(op: OpOverload, *args: Any) -> Any:
+def call_backward(backend: str, op: OpOverload, *args: Any) -> Any:
     """Call a backward op. With ``create_graph=True`` it keeps its formula, which says that it can't go on."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return op(*args)
+    if torch.is_grad_enabled():
+        return _dispatch(backend, op, *args)
+    run = op if backend == "cpp" else as_run_by(backend, op, args[0])
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return run(*args)
 
 
 def present(grad: Tensor, of: Tensor | None) -> Tensor | None:
@@ -65,7 +129,7 @@ def register(
     flops: Callable[..., int],
     flops_backward: Callable[..., int],
 ) -> tuple[OpOverload, OpOverload]:
-    """Give the C++ ops ``name`` and ``name_backward`` their fake kernels, autograd formulas and FLOP counts."""
+    """Give the ops ``name`` and ``name_backward`` their fake kernels, autograd formulas and FLOP counts."""
     from torch.utils.flop_counter import register_flop_formula
 
     qualified = f"vcr_ops::{name}"
@@ -75,13 +139,15 @@ def register(
 
     def no_double_backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
-            f"{name}: the cpp backend has no double backward; use backend='composite', which is differentiable twice"
+            f"{name}: the fused kernels have no double backward; use backend='composite', which is differentiable twice"
         )
 
     torch.library.register_autograd(f"{qualified}_backward", no_double_backward)
     forward_op, backward_op = getattr(torch.ops.vcr_ops, name), getattr(torch.ops.vcr_ops, f"{name}_backward")
     register_flop_formula(forward_op)(flops)
     register_flop_formula(backward_op)(flops_backward)
+    for op in (forward_op.default, backward_op.default):
+        _register_python(op)
     return forward_op.default, backward_op.default
 
 

@@ -39,7 +39,7 @@ def concept_modulate(
         scale_bias, shift_bias: (C, p). scale_weight, shift_weight: (C, pt, p), or None, which leaves the bias alone.
             z's dtype or float32.
         attention: (N, C, *spatial) for pixel modulation, z's dtype or float32; None for channel modulation.
-        backend: "auto", "cpp" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
     Returns:
         z's shape, dtype and memory format.
     Raises:
@@ -48,7 +48,8 @@ def concept_modulate(
     Cost: 1 read and 1 write of z forward; 4 reads (z and grad_out, twice) and 1 write backward.
     """
     checks.check_concept_modulate(z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
-    if resolve(backend, case_of(z)).name == "composite":
+    name = resolve(backend, case_of(z)).name
+    if name == "composite":
         return composite.concept_modulate(z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
     dtype = acc_dtype(z.dtype)
     state = state.to(dtype)
@@ -56,8 +57,8 @@ def concept_modulate(
         attention = attention.to(dtype).contiguous()
     tensors = (z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
     if torch.compiler.is_exporting() or not needs_grad(*tensors):
-        return call(_forward, *tensors)
-    return _ConceptModulate.apply(*tensors)
+        return call(name, _forward, *tensors)
+    return _ConceptModulate.apply(name, *tensors)
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,7 +67,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     _, _, scale_weight, shift_weight, _, _, attention = tensors
     dz, dstate, dscale_weight, dshift_weight, dscale_bias, dshift_bias, dattention = call_backward(
-        _backward, grad_out, *tensors
+        ctx.backend, _backward, grad_out, *tensors
     )
     return (
         dz,
@@ -81,17 +82,19 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
 
 class _ConceptModulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, backend: str, *tensors: Any) -> Any:
+        ctx.backend = backend
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return call(_forward, *tensors)
+        return call(backend, _forward, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Any) -> Any:
-        return _gradients(ctx, grad_out)
+        return None, *_gradients(ctx, grad_out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.backend = "cpp"
     ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
 

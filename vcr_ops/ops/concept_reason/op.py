@@ -56,7 +56,7 @@ def concept_reason(
         edge: (pt, C) for "dynamic", (C, C) for "static", None for "none"; h's dtype or float32.
         mean, var: (pt) statistics to normalise with; None: those of the batch.
         weight, bias: (pt), batch norm's own; None: 1 and 0.
-        backend: "auto", "cpp" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
     Returns:
         (state, mean, var): float32 (float64 for float64); the statistics that were given, or the batch's with Bessel's
         correction, as ``running_var`` takes it. No gradient flows into or out of the statistics.
@@ -65,7 +65,8 @@ def concept_reason(
         RuntimeError: the backend can't run here; says why and what to do.
     """
     checks.check_concept_reason(h, edge, mean, var, weight, bias, eps, edges)
-    if resolve(backend, case_of(h)).name == "composite":
+    name = resolve(backend, case_of(h)).name
+    if name == "composite":
         return ConceptReasonOutput(*composite.concept_reason(h, edge, mean, var, weight, bias, eps, edges))
     dtype = acc_dtype(h.dtype)
 
@@ -74,9 +75,9 @@ def concept_reason(
 
     tensors = (cast(h), cast(edge), cast(mean), cast(var), cast(weight), cast(bias))
     if torch.compiler.is_exporting() or not needs_grad(h, edge, weight, bias):
-        state, used_mean, used_var, _ = call(_forward, *tensors, eps, edges, False)
+        state, used_mean, used_var, _ = call(name, _forward, *tensors, eps, edges, False)
     else:
-        state, used_mean, used_var = _ConceptReason.apply(*tensors, eps, edges)
+        state, used_mean, used_var = _ConceptReason.apply(name, *tensors, eps, edges)
     if mean is not None and var is not None:
         used_mean, used_var = mean, var
     return ConceptReasonOutput(state, used_mean, used_var)
@@ -86,30 +87,41 @@ def _gradients(ctx: Any, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     if dstate is None:
         return (None,) * 6
     h, edge, weight, bias, saved = ctx.saved_tensors
-    dh, dedge, dweight, dbias = call_backward(_backward, dstate, h, edge, weight, bias, saved, ctx.edges, ctx.batch)
+    dh, dedge, dweight, dbias = call_backward(
+        ctx.backend, _backward, dstate, h, edge, weight, bias, saved, ctx.edges, ctx.batch
+    )
     return dh, present(dedge, edge), None, None, present(dweight, weight), present(dbias, bias)
 
 
 class _ConceptReason(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Any, edge: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: float, edges: str
+        ctx: Any,
+        backend: str,
+        h: Any,
+        edge: Any,
+        mean: Any,
+        var: Any,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        edges: str,
     ) -> Any:
-        state, used_mean, used_var, saved = call(_forward, h, edge, mean, var, weight, bias, eps, edges, True)
+        state, used_mean, used_var, saved = call(backend, _forward, h, edge, mean, var, weight, bias, eps, edges, True)
         ctx.save_for_backward(h, edge, weight, bias, saved)
-        ctx.edges, ctx.batch = edges, mean is None
+        ctx.backend, ctx.edges, ctx.batch = backend, edges, mean is None
         ctx.mark_non_differentiable(used_mean, used_var)
         ctx.set_materialize_grads(False)
         return state, used_mean, used_var
 
     @staticmethod
     def backward(ctx: Any, dstate: Any, *_: Any) -> Any:
-        return *_gradients(ctx, dstate), None, None
+        return None, *_gradients(ctx, dstate), None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     h, edge, mean, _, weight, bias, _, ctx.edges, ctx.save = inputs
-    ctx.batch = mean is None
+    ctx.backend, ctx.batch = "cpp", mean is None
     ctx.save_for_backward(h, edge, weight, bias, output[3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

@@ -90,7 +90,7 @@ def concept_sample(
         value: (C, p, pt). query, key: (C, p, pt), for "dynamic". logit: (C, p), for "static". z's dtype or float32.
         sampler: "dynamic", "static" or "pool".
         return_attention: also return a. Not with "pool".
-        backend: "auto", "cpp" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
     Returns:
         h (N, C, pt), or (h, a) with a (N, C, *spatial), contiguous; both float32 (float64 for float64).
     Raises:
@@ -100,12 +100,13 @@ def concept_sample(
         backward.
     """
     checks.check_concept_sample(z, value, query, key, logit, sampler, return_attention)
-    if resolve(backend, case_of(z)).name == "composite":
+    name = resolve(backend, case_of(z)).name
+    if name == "composite":
         h, attention = composite.concept_sample(z, value, query, key, logit, sampler, return_attention)
     elif torch.compiler.is_exporting() or not needs_grad(z, value, query, key, logit):
-        h, attention, _ = call(_forward, z, value, query, key, logit, sampler, return_attention, False)
+        h, attention, _ = call(name, _forward, z, value, query, key, logit, sampler, return_attention, False)
     else:
-        h, attention = _ConceptSample.apply(z, value, query, key, logit, sampler, return_attention)
+        h, attention = _ConceptSample.apply(name, z, value, query, key, logit, sampler, return_attention)
     if not return_attention:
         return h
     assert attention is not None
@@ -121,7 +122,7 @@ def _gradients(ctx: Any, dh: Tensor | None, dattention: Tensor | None) -> tuple[
     if not ctx.need_attention:
         dattention = None
     dz, dvalue, dquery, dkey, dlogit = call_backward(
-        _backward, dh, dattention, z, value, query, key, logit, saved, ctx.sampler
+        ctx.backend, _backward, dh, dattention, z, value, query, key, logit, saved, ctx.sampler
     )
     return dz, dvalue, present(dquery, query), present(dkey, key), present(dlogit, logit)
 
@@ -129,21 +130,29 @@ def _gradients(ctx: Any, dh: Tensor | None, dattention: Tensor | None) -> tuple[
 class _ConceptSample(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Any, value: Any, query: Any, key: Any, logit: Any, sampler: str, need_attention: bool
+        ctx: Any,
+        backend: str,
+        z: Any,
+        value: Any,
+        query: Any,
+        key: Any,
+        logit: Any,
+        sampler: str,
+        need_attention: bool,
     ) -> Any:
-        h, attention, saved = call(_forward, z, value, query, key, logit, sampler, need_attention, True)
+        h, attention, saved = call(backend, _forward, z, value, query, key, logit, sampler, need_attention, True)
         ctx.save_for_backward(z, value, query, key, logit, saved)
-        ctx.sampler, ctx.need_attention = sampler, need_attention
+        ctx.backend, ctx.sampler, ctx.need_attention = backend, sampler, need_attention
         ctx.set_materialize_grads(False)
         return h, attention
 
     @staticmethod
     def backward(ctx: Any, dh: Any, dattention: Any) -> Any:
-        return *_gradients(ctx, dh, dattention), None, None
+        return None, *_gradients(ctx, dh, dattention), None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.sampler, ctx.need_attention, ctx.save = inputs[5:]
+    ctx.backend, (ctx.sampler, ctx.need_attention, ctx.save) = "cpp", inputs[5:]
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.set_materialize_grads(False)
 

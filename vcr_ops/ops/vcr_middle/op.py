@@ -9,7 +9,16 @@ from ... import checks, flops
 from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
-from ..dispatch import OpOverload, call_backward, check_devices, like_parameter, needs_grad, register, unsaved
+from ..dispatch import (
+    OpOverload,
+    as_run_by,
+    call_backward,
+    check_devices,
+    like_parameter,
+    needs_grad,
+    register,
+    unsaved,
+)
 from . import composite
 
 _forward: OpOverload = None
@@ -67,7 +76,8 @@ def visual_concept_reasoning(
         norm_weight, norm_bias: (C*p) or None (1 and 0). value, query, key: (C, p, pt). logit: (C, p).
         edge: (pt, C) or (C, C). state_mean, state_var: (pt), None: the batch's. state_weight, state_bias: (pt) or None.
         scale_weight, shift_weight: (C, pt, p) or None. scale_bias, shift_bias: (C, p). All in y's dtype or float32.
-        sampler, edges, modulation: as in the single ops. backend: "auto", "cpp" or "composite"; None is "auto".
+        sampler, edges, modulation: as in the single ops. backend: "auto", "cpp", "triton" or
+            "composite"; None is "auto".
     Returns:
         (out, norm_mean, norm_var, state_mean, state_var): out in y's shape, dtype and format; the statistics that were
         given, or the batch's with Bessel's correction in float32 (float64 for float64); norm_* are None for "none".
@@ -129,7 +139,8 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
         checks.check_vcr_middle(*arguments)
     elif not isinstance(y, Tensor):
         checks.check_map("y", y)
-    if resolve(backend, case_of(y)).name == "composite":
+    name = resolve(backend, case_of(y)).name
+    if name == "composite":
         if checked and not compiling:
             checks.check_vcr_middle(*arguments)
         return composite.vcr_middle(*arguments)
@@ -147,9 +158,10 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
     try:
         if training:
             statistics: list[Tensor] = []
-            return _apply(statistics, *arguments), *statistics
+            return _apply(name, statistics, *arguments), *statistics
+        run = _forward if name == "cpp" else as_run_by(name, _forward, y)
         with torch._C._AutoDispatchBelowAutograd():
-            return _forward(*arguments, False)[:5]
+            return run(*arguments, False)[:5]
     except (RuntimeError, ValueError):
         checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
         raise
@@ -163,15 +175,17 @@ class _Middle(torch.autograd.Function):
     """Puts the batch's statistics into a list, since every further output of a Function costs time."""
 
     @staticmethod
-    def forward(ctx: Any, statistics: list[Tensor], *arguments: Any) -> Any:
+    def forward(ctx: Any, backend: str, statistics: list[Tensor], *arguments: Any) -> Any:
+        run = _forward if backend == "cpp" else as_run_by(backend, _forward, arguments[0])
         with torch._C._AutoDispatchBelowAutograd():
-            out, *statistics[:], saved = _forward(*arguments, True)
+            out, *statistics[:], saved = run(*arguments, True)
+        ctx.backend = backend
         _keep(ctx, arguments, saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Any) -> Any:
-        return None, *_gradients(ctx, grad_out)
+        return None, None, *_gradients(ctx, grad_out)
 
 
 # Past Function.apply's Python part, which looks for what torch.func leaves behind; the backend switch has seen to that.
@@ -205,7 +219,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         dshift_weight,
         dscale_bias,
         dshift_bias,
-    ) = call_backward(_backward, grad_out, *tensors, *ctx.variant)
+    ) = call_backward(ctx.backend, _backward, grad_out, *tensors, *ctx.variant)
     return (
         dy,
         None,
@@ -231,6 +245,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _keep(ctx, inputs[:24], output[5])
+    ctx.backend = "cpp"  # that is, the op, which goes by its tensors' device
     ctx.save = inputs[24]
     ctx.mark_non_differentiable(*output[1:])
 

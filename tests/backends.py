@@ -1,0 +1,20 @@
+"""The backends that tests run on. Triton's kernels run under its interpreter (interpreter.py)."""
+
+import pytest
+
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
+KERNELS = ["cpp", TRITON]
+BACKENDS = [*KERNELS, "composite"]
+
+
+def with_backends(cpp, triton, composite=()):
+    """Parametrize ``case, backend`` with each backend's own cases."""
+    params = [pytest.param(case, "cpp", id=f"{case.id}-cpp") for case in cpp]
+    params += [pytest.param(case, "triton", id=f"{case.id}-triton", marks=pytest.mark.triton) for case in triton]
+    params += [pytest.param(case, "composite", id=f"{case.id}-composite") for case in composite]
+    return pytest.mark.parametrize("case, backend", params)
+
+
+def on_triton(*values):
+    """Further parameters beside those of the other backends: the same with "triton" as the last one."""
+    return pytest.param(*values, "triton", marks=pytest.mark.triton)

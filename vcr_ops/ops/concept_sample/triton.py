@@ -1,0 +1,171 @@
+"""The sampler alone on Triton: one launch forward, two or three backward."""
+
+from torch import Tensor
+
+from ...maps import acc_dtype, empty_map_like
+from ...triton_common.launch import launch
+from ...triton_common.maps import dense, map_view_like, power_of_two
+from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sizes_of, splits_of
+from . import triton_kernels as kernels
+
+ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
+PER_THREAD = 32
+
+
+def sample_config(size: Sizes, save: bool) -> dict[str, int]:
+    """The sampler's configuration. In evaluation a tile is all positions of some concepts, where that isn't too much."""
+    found = size.config("concept_sample" if save else "concept_sample_inference")
+    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
+    if save or whole > ONE_TILE:
+        return found
+    return {**found, "BS": power_of_two(size.S), "splits": 1, "num_warps": max(4, whole // (32 * PER_THREAD))}
+
+
+def _constants(size: Sizes) -> dict[str, object]:
+    return {**size.map_constants, "PT": size.pt}
+
+
+def forward(
+    z: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    sampler: str,
+    need_attention: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op ``concept_sample``."""
+    size = sizes_of(z, *value.shape)
+    N, C, p, pt, S = size[:5]
+    acc = acc_dtype(z.dtype)
+    saved = 3 * N * C * p + N * C * pt + 3 * N * C + N * C * p * pt if save else 0
+    h, attention, saved_to = (
+        z.new_empty(shape, dtype=acc)
+        for shape in ((N, C, pt), (N, C, *z.shape[2:]) if need_attention else (0,), (saved,))
+    )
+    found = sample_config(size, save)
+    launch(
+        kernels.concept_sample,
+        (N, cdiv(C, found["CB"])),
+        z.device,
+        *size.view.strided,
+        value.contiguous(),
+        dense(query),
+        dense(key),
+        dense(logit),
+        h,
+        attention if need_attention else None,
+        saved_to,
+        N,
+        S,
+        **_constants(size),
+        PT2=power_of_two(pt),
+        SAMPLER=sampler,
+        SAVE=save,
+        CB=found["CB"],
+        BS=found["BS"],
+        ONE_TILE=found["BS"] >= S,
+        **options(found),
+    )
+    return h, attention, saved_to
+
+
+def backward(
+    dh: Tensor,
+    dattention: Tensor | None,
+    z: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    saved: Tensor,
+    sampler: str,
+) -> tuple[Tensor, ...]:
+    """The op ``concept_sample_backward``."""
+    size = sizes_of(z, *value.shape)
+    N, C, p, pt, S = size[:5]
+    acc = acc_dtype(z.dtype)
+    dz = empty_map_like(z)
+    parameters = (value, query, key, logit)
+    gradients = [z.new_empty((0,), dtype=acc) if w is None else w.new_empty(w.shape) for w in parameters]
+    to = [None if w is None else x for w, x in zip(parameters, gradients, strict=True)]
+    extra = dattention is not None
+    if extra:
+        dattention = dattention.contiguous()
+
+    def numbers(count: int) -> Tensor:
+        return z.new_empty((count,), dtype=acc)
+
+    K0 = K1 = None
+    if extra:
+        K0, K1 = numbers(N * C), numbers(N * C * p)
+        found = size.config("modulate_backward_sums")
+        launch(
+            kernels.attention_sums,
+            (N, cdiv(C, found["CB"])),
+            z.device,
+            *size.view.strided,
+            dattention,
+            saved,
+            K0,
+            K1,
+            N,
+            S,
+            **_constants(size),
+            CB=found["CB"],
+            BS=found["BS"],
+            **options(found),
+        )
+    v, dr, constant, rdr = numbers(N * C * p), numbers(N * C * p), numbers(N * C * p), numbers(N * C)
+    small = {name: x for name, x in _constants(size).items() if name != "LAST"}
+    launch(
+        kernels.sample_gradients,
+        (C,),
+        z.device,
+        value.contiguous(),
+        dense(query),
+        dense(key),
+        saved,
+        dh.to(acc).contiguous(),
+        K1,
+        v,
+        dr,
+        constant,
+        rdr,
+        *to,
+        N,
+        S,
+        **small,
+        PT2=power_of_two(pt),
+        SAMPLER=sampler,
+        EXTRA=extra,
+        BN=rows_at_once(power_of_two(p) * power_of_two(pt), max(N, 1)),
+        num_warps=4,
+    )
+    found = size.config("middle_input_grad")
+    chunks = splits_of(found, S)
+    launch(
+        kernels.sample_input_grad,
+        (N * chunks, cdiv(C, found["CB"])),
+        z.device,
+        *size.view.strided,
+        *map_view_like(dz, size.view).strided,
+        dattention,
+        saved,
+        K0,
+        v,
+        dr,
+        constant,
+        rdr,
+        N,
+        S,
+        **_constants(size),
+        SAMPLER=sampler,
+        EXTRA=extra,
+        CHUNKS=chunks,
+        CB=found["CB"],
+        BS=found["BS"],
+        **options(found),
+    )
+    return dz, *gradients

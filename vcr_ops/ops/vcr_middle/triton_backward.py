@@ -1,0 +1,683 @@
+"""The middle's kernels, backward: modulate_backward_sums (2R), then what is small, then middle_input_grad (2R + 1W).
+
+Two barriers stand between the passes: the batch norm of the states needs sums over all concepts (state_gradients gives
+each image's), and that of the map sums over all images (small_gradients gives each group's). The parameters' gradients
+are summed over groups of images by small_gradients, and over the groups by the last kernel's programs, a slice each.
+"""
+
+import triton
+import triton.language as tl
+
+from ...triton_common.blocks import (
+    load_channels,
+    load_states,
+    load_tile,
+    load_weight_back,
+    map_tile,
+    outer_sum,
+    rows_of,
+    scalar,
+    split_range,
+    store_channels,
+    store_states,
+    store_tile,
+    store_weight_back_sum,
+    store_weight_sum,
+    vector_of,
+)
+from ..concept_modulate.triton_kernels import (
+    backward_sweep,
+    coefficients,
+    merge_sums,
+    pre_activation,
+    store_sums,
+)
+from ..concept_reason.triton_kernels import reasoner_backward, state_norm_gradients
+from ..concept_sample.triton_kernels import sampler_backward
+from .triton_saved import (
+    covariance_of,
+    edges_of,
+    norm_view,
+    per_image,
+    rstd_of,
+    s_of,
+    softmax_of,
+    state_rstd_of,
+    states_at,
+)
+
+
+@triton.jit
+def modulator_of(
+    saved,
+    norm_bias,
+    scale_bias,
+    shift_bias,
+    n,
+    N,
+    c,
+    j,
+    NORM: tl.constexpr,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    PT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(mu, s, v, maximum, A1, B1, A0, B0) of image n."""
+    mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
+    abar = load_channels(per_image(saved, N, 3, C, P), n, c, j, C, P, ACC)
+    bbar = load_channels(per_image(saved, N, 4, C, P), n, c, j, C, P, ACC)
+    A1, B1, A0, B0 = coefficients(abar, bbar, s, b, scale_bias, shift_bias, c, j, PIXEL, C, P, ACC)
+    v = s * load_channels(per_image(saved, N, 1, C, P), n, c, j, C, P, ACC)
+    maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
+    return mu, s, v, maximum, A1, B1, A0, B0
+
+
+@triton.jit
+def modulate_backward_sums(
+    y,
+    image,
+    channel,
+    position,
+    grad,
+    grad_image,
+    grad_channel,
+    grad_position,
+    norm_bias,
+    scale_bias,
+    shift_bias,
+    saved,
+    sums,
+    first_to,
+    N,
+    S,
+    NORM: tl.constexpr,
+    PIXEL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    P2: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BS: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Grid (N * SPLITS, concept blocks); 2R."""
+    n = tl.program_id(0) // SPLITS
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    j = tl.arange(0, P2)
+    mu, s, v, maximum, A1, B1, A0, B0 = modulator_of(
+        saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
+    )
+    rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
+    grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
+    begin, end = split_range(tl.program_id(0) % SPLITS, scalar(S), BS, SPLITS)
+    E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
+        rows,
+        grad_rows,
+        some,
+        begin,
+        end,
+        position,
+        grad_position,
+        mu,
+        v,
+        maximum,
+        A1,
+        B1,
+        A0,
+        B0,
+        PIXEL,
+        CB,
+        P2,
+        BS,
+        LAST,
+        ACC,
+    )
+    store_sums(
+        sums,
+        first_to,
+        tl.program_id(0),
+        scalar(N) * SPLITS,
+        c,
+        j,
+        E0,
+        E1,
+        F0,
+        F1,
+        K0,
+        K1,
+        highest,
+        count,
+        first,
+        top_sum,
+        PIXEL,
+        C,
+        P,
+    )
+
+
+@triton.jit
+def state_gradients(
+    sums,
+    first_from,
+    norm_bias,
+    scale_weight,
+    shift_weight,
+    saved,
+    merged,
+    first_to,
+    dstate_to,
+    dstate_parts,
+    N,
+    NORM: tl.constexpr,
+    PIXEL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    P2: tl.constexpr,
+    PT: tl.constexpr,
+    PT2: tl.constexpr,
+    CB: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Of image n: the sums over its splits, and dL/d(state before its ReLU). Grid (N,).
+
+    merged: store_sums's arrays for N rows; K1 is there less its share of the maxima. dstate_parts (N, 2, pt): the sums
+    over concepts of dstate and dstate xhat.
+    """
+    n = tl.program_id(0)
+    j = tl.arange(0, P2)
+    k = tl.arange(0, PT2)
+    sum0 = tl.zeros((PT2,), ACC)
+    sum1 = tl.zeros((PT2,), ACC)
+    for block in range(0, tl.cdiv(C, CB)):
+        c = block * CB + tl.arange(0, CB)
+        mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
+        E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = merge_sums(
+            sums, first_from, n, scalar(N) * SPLITS, c, j, PIXEL, SPLITS, C, P, CB, P2, ACC
+        )
+        if PIXEL:
+            K1 -= (K0 / tl.maximum(count, 1.0))[:, None] * top_sum
+        else:
+            F0 = E0
+            F1 = E1
+        store_sums(merged, first_to, n, N, c, j, E0, E1, F0, F1, K0, K1, highest, count, first, top_sum, PIXEL, C, P)
+        dstate = tl.zeros((CB, PT2), ACC)
+        if scale_weight is not None:
+            dabar = s * F1 + b * F0
+            dstate += tl.sum(dabar[:, :, None] * load_weight_back(scale_weight, c, j, k, C, P, PT, ACC), 1)
+        if shift_weight is not None:
+            dstate += tl.sum(F0[:, :, None] * load_weight_back(shift_weight, c, j, k, C, P, PT, ACC), 1)
+        state = load_states(states_at(saved, N, 3, C, P, PT), n, c, k, C, PT, ACC)
+        dstate = tl.where(state <= 0, 0.0, dstate)
+        store_states(dstate_to, n, c, k, dstate, C, PT)
+        xhat = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, ACC)
+        sum0 += tl.sum(dstate, 0)
+        sum1 += tl.sum(dstate * xhat, 0)
+    tl.store(dstate_parts + 2 * n * PT + k, sum0, mask=k < PT)
+    tl.store(dstate_parts + (2 * n + 1) * PT + k, sum1, mask=k < PT)
+
+
+@triton.jit
+def small_gradients(
+    norm_bias,
+    value,
+    query,
+    key,
+    edge,
+    state_weight,
+    scale_bias,
+    saved,
+    merged,
+    dstate_from,
+    dstate_parts,
+    v_to,
+    dr_to,
+    constant_to,
+    rdr_to,
+    partial,
+    dstate_weight,
+    dstate_bias,
+    N,
+    S,
+    per_group,
+    NORM: tl.constexpr,
+    SAMPLER: tl.constexpr,
+    EDGES: tl.constexpr,
+    PIXEL: tl.constexpr,
+    STATE_BATCH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    C: tl.constexpr,
+    C2: tl.constexpr,
+    P: tl.constexpr,
+    P2: tl.constexpr,
+    PT: tl.constexpr,
+    PT2: tl.constexpr,
+    BN: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Concept c over a group of images: the parameters' gradients, and what the last pass needs. Grid (C, groups).
+
+    partial (groups, total): value, query, key (C, p, pt), scale_weight, shift_weight (C, pt, p), logit, scale_bias,
+    shift_bias, ds, db (C*p), edge. v_to, dr_to, constant_to (N, C*p), rdr_to (N, C).
+    """
+    c = tl.program_id(0)
+    group = tl.program_id(1)
+    j = tl.arange(0, P2)
+    k = tl.arange(0, PT2)
+    d = tl.arange(0, C2)
+    size = scalar(N).to(tl.int64) * (C * P)
+
+    mean0, mean1, gain = state_norm_gradients(
+        dstate_parts,
+        dstate_weight,
+        dstate_bias,
+        state_weight,
+        state_rstd_of(saved, N, C, P, PT),
+        N,
+        k,
+        (c == 0) & (group == 0),
+        STATE_BATCH,
+        C,
+        PT,
+        ROWS,
+        ACC,
+    )
+    bias = vector_of(scale_bias, c, j, 0.0, P, ACC)
+    if NORM == "none":
+        s = tl.full((1, P2), 1.0, ACC)
+    else:
+        s = vector_of(s_of(saved, C, P), c, j, 1.0, P, ACC)
+        b = vector_of(norm_bias, c, j, 0.0, P, ACC)
+    dvalue = tl.zeros((P2, PT2), ACC)
+    dquery = tl.zeros((P2, PT2), ACC)
+    dkey = tl.zeros((P2, PT2), ACC)
+    dscale = tl.zeros((P2, PT2), ACC)
+    dshift = tl.zeros((P2, PT2), ACC)
+    dlogit = tl.zeros((P2,), ACC)
+    dscale_bias = tl.zeros((P2,), ACC)
+    dshift_bias = tl.zeros((P2,), ACC)
+    ds = tl.zeros((P2,), ACC)
+    db = tl.zeros((P2,), ACC)
+    dedge = tl.zeros((C2 if EDGES == "static" else PT2,), ACC)
+    last = tl.minimum((group + 1) * per_group, N)
+    for start in range(group * per_group, last, BN):
+        n = start + tl.arange(0, BN)
+        live = n < last
+        dh, more = reasoner_backward(
+            dstate_from,
+            states_at(saved, N, 2, C, P, PT),
+            states_at(saved, N, 1, C, P, PT),
+            edge,
+            edges_of(saved, N, C, P, PT),
+            mean0,
+            mean1,
+            gain,
+            n,
+            live,
+            c,
+            d,
+            k,
+            EDGES,
+            C,
+            PT,
+            ACC,
+        )
+        dedge += more
+        m = rows_of(per_image(saved, N, 0, C, P), n, live, c, j, C, P, ACC)
+        if NORM == "none":
+            b = m
+            mhat = tl.zeros((BN, P2), ACC)
+        else:
+            mhat = m
+        dvalue_, dquery_, dkey_, dlogit_, ds_, db_ = sampler_backward(
+            value,
+            query,
+            key,
+            per_image(saved, N, 1, C, P),
+            per_image(saved, N, 2, C, P),
+            states_at(saved, N, 0, C, P, PT),
+            covariance_of(saved, N, C, P, PT),
+            merged + 4 * size,
+            s,
+            b,
+            mhat,
+            dh,
+            v_to,
+            dr_to,
+            constant_to,
+            rdr_to,
+            S,
+            n,
+            live,
+            c,
+            j,
+            k,
+            SAMPLER,
+            PIXEL,
+            C,
+            P,
+            PT,
+            ACC,
+        )
+        dvalue += dvalue_
+        dquery += dquery_
+        dkey += dkey_
+        dlogit += dlogit_
+        E0 = rows_of(merged, n, live, c, j, C, P, ACC)
+        E1 = rows_of(merged + size, n, live, c, j, C, P, ACC)
+        F0 = rows_of(merged + 2 * size, n, live, c, j, C, P, ACC) if PIXEL else E0
+        F1 = rows_of(merged + 3 * size, n, live, c, j, C, P, ACC) if PIXEL else E1
+        abar = rows_of(per_image(saved, N, 3, C, P), n, live, c, j, C, P, ACC)
+        state = rows_of(states_at(saved, N, 3, C, P, PT), n, live, c, k, C, PT, ACC)
+        if SCALE:
+            dscale += outer_sum(s * F1 + b * F0, state)
+        if SHIFT:
+            dshift += outer_sum(F0, state)
+        dscale_bias += tl.sum(s * E1 + b * E0, 0)
+        dshift_bias += tl.sum(E0, 0)
+        ds += ds_ + tl.sum(abar * F1 + bias * E1, 0)
+        db += db_ + tl.sum(abar * F0 + bias * E0, 0)
+    to = partial + group.to(tl.int64) * gradients_size(EDGES, C, P, PT)
+    store_weight_sum(to, c, j, k, dvalue, P, PT)
+    store_weight_sum(to + C * P * PT, c, j, k, dquery, P, PT)
+    store_weight_sum(to + 2 * C * P * PT, c, j, k, dkey, P, PT)
+    store_weight_back_sum(to + 3 * C * P * PT, c, j, k, dscale, P, PT)
+    store_weight_back_sum(to + 4 * C * P * PT, c, j, k, dshift, P, PT)
+    vectors = to + 5 * C * P * PT + c * P + j
+    tl.store(vectors, dlogit, mask=j < P)
+    tl.store(vectors + C * P, dscale_bias, mask=j < P)
+    tl.store(vectors + 2 * C * P, dshift_bias, mask=j < P)
+    tl.store(vectors + 3 * C * P, ds, mask=j < P)
+    tl.store(vectors + 4 * C * P, db, mask=j < P)
+    edges_to = to + 5 * C * P * PT + 5 * C * P
+    if EDGES == "dynamic":
+        tl.store(edges_to + k * C + c, dedge, mask=k < PT)
+    if EDGES == "static":
+        tl.store(edges_to + c * C + d, dedge, mask=d < C)
+
+
+@triton.jit
+def gradients_size(EDGES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """Numbers in one group's row of ``partial``."""
+    edges: tl.constexpr = PT * C if EDGES == "dynamic" else (C * C if EDGES == "static" else 0)
+    return 5 * C * P * PT + 5 * C * P + edges
+
+
+@triton.jit
+def sum_groups(
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    at,
+    count: tl.constexpr,
+    GB: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The sum over groups, GB of them at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
+    x = tl.zeros(at.shape, ACC)
+    for start in range(0, groups, GB):
+        group = start + tl.arange(0, GB)
+        mask = (group < groups)[:, None] & (at < count)[None, :]
+        rows = (group.to(tl.int64) * total + offset)[:, None]
+        x += tl.sum(tl.load(partial + rows + at[None, :], mask=mask, other=0.0), 0)
+    return x
+
+
+@triton.jit
+def finish(
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    to,
+    block,
+    count: tl.constexpr,
+    RB: tl.constexpr,
+    GB: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Elements [block * RB, ...) of one parameter's gradient; nothing for a block outside it. Returns the next
+    parameter's ``block``."""
+    if to is not None:
+        at = block * RB + tl.arange(0, RB)
+        if (block >= 0) & (block * RB < count):
+            x = sum_groups(partial, groups, total, offset, at, count, GB, ACC)
+            tl.store(to + at, x.to(to.dtype.element_ty), mask=at < count)
+    return block - tl.cdiv(count, RB)
+
+
+@triton.jit
+def finish_gradients(
+    partial,
+    groups,
+    saved,
+    dvalue,
+    dquery,
+    dkey,
+    dscale,
+    dshift,
+    dlogit,
+    dscale_bias,
+    dshift_bias,
+    dnorm_weight,
+    dnorm_bias,
+    dedge,
+    program,
+    programs,
+    EDGES: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    PT: tl.constexpr,
+    RB: tl.constexpr,
+    GB: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """This program's share of the sums over groups of images."""
+    W: tl.constexpr = C * P * PT
+    CP: tl.constexpr = C * P
+    edges: tl.constexpr = PT * C if EDGES == "dynamic" else (C * C if EDGES == "static" else 0)
+    total: tl.constexpr = 5 * W + 5 * CP + edges
+    blocks = 5 * tl.cdiv(W, RB) + 5 * tl.cdiv(CP, RB) + tl.cdiv(edges, RB)
+    for first in range(program, blocks, programs):
+        block = scalar(first)
+        block = finish(partial, groups, total, 0, dvalue, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, W, dquery, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 2 * W, dkey, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 3 * W, dscale, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 4 * W, dshift, block, W, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W, dlogit, block, CP, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W + CP, dscale_bias, block, CP, RB, GB, ACC)
+        block = finish(partial, groups, total, 5 * W + 2 * CP, dshift_bias, block, CP, RB, GB, ACC)
+        if dnorm_weight is not None:
+            at = block * RB + tl.arange(0, RB)
+            if (block >= 0) & (block * RB < CP):
+                x = sum_groups(partial, groups, total, 5 * W + 3 * CP, at, CP, GB, ACC)
+                x *= tl.load(rstd_of(saved, C, P) + at, mask=at < CP, other=0.0)
+                tl.store(dnorm_weight + at, x.to(dnorm_weight.dtype.element_ty), mask=at < CP)
+        block -= tl.cdiv(CP, RB)
+        block = finish(partial, groups, total, 5 * W + 4 * CP, dnorm_bias, block, CP, RB, GB, ACC)
+        if EDGES != "none":
+            finish(partial, groups, total, 5 * W + 5 * CP, dedge, block, edges, RB, GB, ACC)
+
+
+@triton.jit
+def group_channels(
+    partial,
+    groups,
+    total: tl.constexpr,
+    offset: tl.constexpr,
+    c,
+    j,
+    GB: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(CB, P2): the sum over groups, GB of them at a time, of an array (C*p) that stands ``offset`` into a row."""
+    x = tl.zeros((c.shape[0], j.shape[0]), ACC)
+    at = (c[:, None] * P + j[None, :])[None, :, :]
+    some = ((c[:, None] < C) & (j[None, :] < P))[None, :, :]
+    for start in range(0, groups, GB):
+        group = start + tl.arange(0, GB)
+        rows = (group.to(tl.int64) * total + offset)[:, None, None]
+        x += tl.sum(tl.load(partial + rows + at, mask=some & (group < groups)[:, None, None], other=0.0), 0)
+    return x
+
+
+@triton.jit
+def middle_input_grad(
+    y,
+    image,
+    channel,
+    position,
+    grad,
+    grad_image,
+    grad_channel,
+    grad_position,
+    out,
+    out_image,
+    out_channel,
+    out_position,
+    norm_bias,
+    scale_bias,
+    shift_bias,
+    saved,
+    merged,
+    first_from,
+    v_from,
+    dr_from,
+    constant_from,
+    rdr_from,
+    partial,
+    dvalue,
+    dquery,
+    dkey,
+    dscale,
+    dshift,
+    dlogit,
+    dscale_bias,
+    dshift_bias,
+    dnorm_weight,
+    dnorm_bias,
+    dedge,
+    N,
+    S,
+    groups,
+    NORM: tl.constexpr,
+    SAMPLER: tl.constexpr,
+    EDGES: tl.constexpr,
+    PIXEL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    P2: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BS: tl.constexpr,
+    RB: tl.constexpr,
+    GB: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dL/dy; 2R + 1W. Grid (N * CHUNKS, concept blocks)."""
+    n = tl.program_id(0) // CHUNKS
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    j = tl.arange(0, P2)
+    edges: tl.constexpr = PT * C if EDGES == "dynamic" else (C * C if EDGES == "static" else 0)
+    total: tl.constexpr = 5 * C * P * PT + 5 * C * P + edges
+    vectors: tl.constexpr = 5 * C * P * PT
+    mu, s, v, maximum, A1, B1, A0, B0 = modulator_of(
+        saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
+    )
+    constant = load_channels(constant_from, n, c, j, C, P, ACC)
+    c1 = tl.zeros((CB, P2), ACC)
+    if NORM == "batch":
+        count = scalar(N).to(ACC) * S
+        rstd = load_channels(rstd_of(saved, C, P), scalar(0), c, j, C, P, ACC)
+        ds = group_channels(partial, groups, total, vectors + 3 * C * P, c, j, GB, C, P, ACC)
+        db = group_channels(partial, groups, total, vectors + 4 * C * P, c, j, GB, C, P, ACC)
+        constant -= s * db / count
+        c1 = -s * rstd * rstd * ds / count
+    if SAMPLER != "pool":
+        dr = load_channels(dr_from, n, c, j, C, P, ACC)
+        at = n.to(tl.int64) * C + c
+        rdr = tl.load(rdr_from + at, mask=c < C, other=0.0)
+        inverse = 1.0 / tl.load(softmax_of(saved, N, C, P, PT) + at * 3 + 1, mask=c < C, other=1.0)
+        if PIXEL:
+            size = scalar(N).to(tl.int64) * (C * P)
+            small = scalar(N).to(tl.int64) * C
+            K0 = tl.load(merged + 6 * size + at, mask=c < C, other=0.0)
+            highest = tl.load(merged + 6 * size + small + at, mask=c < C, other=0.0)
+            ties = tl.load(merged + 6 * size + 2 * small + at, mask=c < C, other=1.0)
+            first = tl.load(first_from + at, mask=c < C, other=0)
+    rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
+    if PIXEL:
+        # This kernel may round a logit otherwise than the one that found the maximum: a single one goes by its place,
+        # and ties are what is within rounding of it.
+        there = first.to(tl.int64) * position if LAST else first.to(tl.int64)
+        summands = (tl.load(rows + there[:, None, None], mask=some, other=0.0).to(ACC) - mu[:, :, None]) * v[:, :, None]
+        near = (1e-14 if ACC == tl.float64 else 1e-6) * tl.sum(tl.sum(tl.abs(summands), 2), 1)
+    grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
+    out_rows, _ = map_tile(out, n, out_image, out_channel, out_position, c, j, C, P, LAST)
+    begin, end = split_range(tl.program_id(0) % CHUNKS, scalar(S), BS, CHUNKS)
+    for start in range(begin, end, BS):
+        i = start + tl.arange(0, BS)
+        yhat = load_tile(rows, some, i, end, position, LAST, ACC) - mu[:, :, None]
+        d = load_tile(grad_rows, some, i, end, grad_position, LAST, ACC)
+        m = tl.zeros((1, 1), ACC)
+        if SAMPLER != "pool":
+            logits = tl.sum(yhat * v[:, :, None], 1)
+            m = tl.exp(logits - maximum[:, None])
+        e = tl.where(pre_activation(yhat, m, A1, B1, A0, B0, PIXEL) <= 0, 0.0, d)
+        slope = tl.broadcast_to(A0[:, :, None], yhat.shape)
+        if PIXEL:
+            slope = tl.fma(
+                tl.broadcast_to(m[:, None, :], yhat.shape), tl.broadcast_to(A1[:, :, None], yhat.shape), slope
+            )
+        dy = slope * e + constant[:, :, None] + c1[:, :, None] * yhat
+        if SAMPLER != "pool":
+            a = m * inverse[:, None]
+            dlogits = a * (tl.sum(yhat * dr[:, :, None], 1) - rdr[:, None])
+            if PIXEL:
+                gain = tl.fma(
+                    tl.broadcast_to(A1[:, :, None], yhat.shape), yhat, tl.broadcast_to(B1[:, :, None], yhat.shape)
+                )
+                dlogits += m * tl.sum(e * gain, 1)
+                alone = (ties == 1.0)[:, None]
+                at_top = tl.where(alone, i[None, :] == first[:, None], logits >= (highest - near)[:, None])
+                dlogits -= tl.where(at_top, (K0 / ties)[:, None], 0.0)
+            dy += a[:, None, :] * dr[:, :, None] + dlogits[:, None, :] * v[:, :, None]
+        store_tile(out_rows, some, i, end, out_position, dy, LAST)
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    finish_gradients(
+        partial,
+        groups,
+        saved,
+        dvalue,
+        dquery,
+        dkey,
+        dscale,
+        dshift,
+        dlogit,
+        dscale_bias,
+        dshift_bias,
+        dnorm_weight,
+        dnorm_bias,
+        dedge,
+        program,
+        tl.num_programs(0) * tl.num_programs(1),
+        EDGES,
+        C,
+        P,
+        PT,
+        RB,
+        GB,
+        ACC,
+    )

@@ -1,0 +1,72 @@
+"""Where the numbers that the middle keeps for its backward pass stand in ``saved``: MiddleSaved of csrc/vcr_middle/args.h.
+
+Every function takes ``saved`` and the sizes, and returns a pointer.
+"""
+
+import triton
+import triton.language as tl
+
+from ...triton_common.blocks import load_channels, load_optional, scalar
+
+
+@triton.jit
+def rstd_of(saved, C: tl.constexpr, P: tl.constexpr):
+    """(C*p)"""
+    return saved + C * P
+
+
+@triton.jit
+def s_of(saved, C: tl.constexpr, P: tl.constexpr):
+    """(C*p): s of z = s * yhat + b"""
+    return saved + 2 * C * P
+
+
+@triton.jit
+def per_image(saved, N, which: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
+    """(N, C*p): 0 m (mean of yhat), 1 u, 2 r, 3 abar, 4 bbar"""
+    return saved + 3 * C * P + scalar(N).to(tl.int64) * (which * C * P)
+
+
+@triton.jit
+def states_at(saved, N, which: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(N, C, pt): 0 q, 1 h, 2 xhat, 3 state"""
+    return saved + 3 * C * P + scalar(N).to(tl.int64) * (5 * C * P + which * C * PT)
+
+
+@triton.jit
+def softmax_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(N, C, 3): maximum, sum, unused"""
+    return states_at(saved, N, 4, C, P, PT)
+
+
+@triton.jit
+def state_rstd_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(pt); the states' mean follows"""
+    return softmax_of(saved, N, C, P, PT) + scalar(N).to(tl.int64) * (3 * C)
+
+
+@triton.jit
+def edges_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(N, C, C): tanh(H W^edge)"""
+    return state_rstd_of(saved, N, C, P, PT) + 2 * PT
+
+
+@triton.jit
+def covariance_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(N, C*p, pt): R"""
+    return edges_of(saved, N, C, P, PT) + scalar(N).to(tl.int64) * (C * C)
+
+
+@triton.jit
+def norm_view(saved, norm_bias, n, N, c, j, NORM: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr):
+    """(mu, s, b, mhat), (CB, P2) each: z = s (y - mu) + b, and the image's mean of y - mu.
+
+    Without a batch norm every image is centred on its own mean, so that nothing is computed uncentred.
+    """
+    m = load_channels(per_image(saved, N, 0, C, P), n, c, j, C, P, ACC)
+    if NORM == "none":
+        return m, tl.full((c.shape[0], j.shape[0]), 1.0, ACC), m, tl.zeros((c.shape[0], j.shape[0]), ACC)
+    else:
+        mu = load_channels(saved, scalar(0), c, j, C, P, ACC)
+        s = load_channels(s_of(saved, C, P), scalar(0), c, j, C, P, ACC)
+        return mu, s, load_optional(norm_bias, scalar(0), c, j, 0.0, C, P, ACC), m

@@ -1,0 +1,126 @@
+"""What the Triton backend would launch, found out without a GPU: the ops' own code runs on tensors without memory.
+
+The launcher is hooked, so that no kernel runs; everything else (sizes, configurations, grids) is as on a GPU of the
+architecture that is pretended.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..explain import op_arguments
+from ..modules.middle import VisualConceptReasoning
+from . import configs
+from .launch import Launch, hooks
+
+MODES = ("training", "evaluation", "single ops")  # the last: forward and backward of the three ops alone
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A middle and its map of ``n`` images."""
+
+    p: int
+    size: int  # height and width
+    n: int
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "contiguous"
+    mode: str = "training"  # one of MODES
+    sampler: str = "dynamic"
+    edges: str = "dynamic"
+    modulation: str = "channel"
+    affine: str = "both"
+    concepts: int = 32
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, instead of running them, as on a device of ``arch``."""
+    launches: list[Launch] = []
+
+    def keep(launch: Launch) -> bool:
+        launches.append(launch)
+        return True
+
+    hooks.append(keep)
+    try:
+        with configs.pretend(arch), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield launches
+    finally:
+        hooks.remove(keep)
+
+
+def launches(problem: Problem, arch: str) -> list[Launch]:
+    """All launches of a problem, in order."""
+    if problem.mode == "single ops":
+        return op_launches(problem, arch)
+    forward, backward = middle_launches(problem, arch)
+    return forward + backward
+
+
+def middle_launches(problem: Problem, arch: str) -> tuple[list[Launch], list[Launch]]:
+    """(forward, backward) of the fused middle; nothing backward in evaluation."""
+    channels, training = problem.concepts * problem.p, problem.mode == "training"
+    middle = VisualConceptReasoning(
+        channels,
+        problem.concepts,
+        sampler=problem.sampler,
+        edges=problem.edges,
+        modulation=problem.modulation,
+        affine=problem.affine,
+    ).train(training)
+    triton = importlib.import_module("vcr_ops.ops.vcr_middle.triton")
+    with recording(arch) as launches:
+        middle.to_empty(device="cuda")
+        y = _map(problem, channels)
+        arguments = op_arguments(y, middle.bn, middle, "whole", training)
+        out, *_, saved = triton.forward(*arguments, training)
+        forward = launches.copy()
+        launches.clear()
+        if training:
+            state_batch = arguments[10] is None
+            tensors = (y, *arguments[3:10], *arguments[12:18], saved)
+            triton.backward(torch.empty_like(out), *tensors, arguments[18], state_batch, *arguments[21:])
+    return forward, launches
+
+
+def op_launches(problem: Problem, arch: str) -> list[Launch]:
+    """Of the three ops alone, forward and backward."""
+    concepts, p, pt = problem.concepts, problem.p, max(problem.p // 4, 4)
+    sample, reason, modulate = (
+        importlib.import_module(f"vcr_ops.ops.concept_{name}.triton") for name in ("sample", "reason", "modulate")
+    )
+    with recording(arch) as launches:
+        z = _map(problem, concepts * p)
+
+        def small(*shape: int) -> Tensor:
+            return torch.empty(shape, device="cuda")
+
+        pixel, dynamic = problem.modulation == "pixel", problem.sampler == "dynamic"
+        query, key = (small(concepts, p, pt), small(concepts, p, pt)) if dynamic else (None, None)
+        weights = (small(concepts, p, pt), query, key, small(concepts, p) if problem.sampler == "static" else None)
+        h, attention, saved = sample.forward(z, *weights, problem.sampler, pixel, True)
+        edge = {"dynamic": small(pt, concepts), "static": small(concepts, concepts), "none": None}[problem.edges]
+        norm = (small(pt), small(pt))
+        state, _, _, reasoned = reason.forward(h, edge, None, None, *norm, 1e-5, problem.edges, True)
+        scale = small(concepts, pt, p) if problem.affine != "shift" else None
+        shift = small(concepts, pt, p) if problem.affine != "scale" else None
+        parameters = (scale, shift, small(concepts, p), small(concepts, p), attention if pixel else None)
+        out = modulate.forward(z, state, *parameters)
+        modulate.backward(torch.empty_like(out), z, state, *parameters)
+        reason.backward(torch.empty_like(state), h, edge, *norm, reasoned, problem.edges, True)
+        dattention = torch.empty_like(attention) if pixel else None
+        sample.backward(torch.empty_like(h), dattention, z, *weights, saved, problem.sampler)
+    return launches
+
+
+def _map(problem: Problem, channels: int) -> Tensor:
+    y = torch.empty(problem.n, channels, problem.size, problem.size, device="cuda", dtype=problem.dtype)
+    return y.to(memory_format=torch.channels_last) if problem.layout == "channels_last" else y

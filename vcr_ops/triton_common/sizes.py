@@ -1,0 +1,66 @@
+"""The sizes of a case, and what the launchers take from them: tiles, splits, grids."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..maps import positions
+from .configs import arch, config
+from .maps import MapView, acc_type, map_view, power_of_two
+
+SMALL_TILE = 8192  # elements of a tile that holds no part of the map
+
+
+class Sizes(NamedTuple):
+    """What the kernels are specialised by."""
+
+    N: int
+    C: int
+    p: int
+    pt: int
+    S: int
+    itemsize: int
+    view: MapView
+    arch: str
+
+    def config(self, kernel: str) -> dict[str, int]:
+        """The shipped configuration, no larger than the problem."""
+        found = config(
+            kernel, layout=self.view.layout, p=self.p, S=self.S, N=self.N, itemsize=self.itemsize, arch=self.arch
+        )
+        return {**found, "CB": min(found["CB"], power_of_two(self.C)), "BS": min(found["BS"], power_of_two(self.S))}
+
+    @property
+    def map_constants(self) -> dict[str, object]:
+        return {
+            "C": self.C,
+            "P": self.p,
+            "P2": power_of_two(self.p),
+            "LAST": self.view.last,
+            "ACC": acc_type(self.view.tensor.dtype),
+        }
+
+
+def sizes_of(y: Tensor, concepts: int, p: int, pt: int) -> Sizes:
+    """The sizes of a case."""
+    return Sizes(y.shape[0], concepts, p, pt, positions(y), y.element_size(), map_view(y), arch(y.device))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def options(found: dict[str, int]) -> dict[str, int]:
+    """What Triton itself takes of a configuration."""
+    return {"num_warps": found["num_warps"], "num_stages": found["num_stages"]}
+
+
+def splits_of(found: dict[str, int], S: int) -> int:
+    """How many programs share an image's positions: what the configuration says, as far as there are tiles."""
+    return max(1, min(found["splits"], cdiv(S, found["BS"])))
+
+
+def rows_at_once(width: int, rows: int) -> int:
+    """How many rows of small numbers a prologue loads at a time."""
+    return max(1, min(power_of_two(rows), SMALL_TILE // width))
