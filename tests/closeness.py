@@ -54,7 +54,7 @@ class _Sums:
 
 def _fine(x: Tensor | np.ndarray) -> np.ndarray:
     """Long double, which holds every other type."""
-    return x.detach().double().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x.astype(np.longdouble)
+    return x.detach().cpu().double().numpy().astype(np.longdouble) if isinstance(x, Tensor) else x.astype(np.longdouble)
 
 
 def _norms(x: np.ndarray) -> tuple[float, float]:
