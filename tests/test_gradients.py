@@ -57,12 +57,11 @@ def test_gradcheck_of_all_inputs_at_once(case, backend):
 
     def of_vector(vector):
         pieces = vector.split([x.numel() for x in inputs])
-        return function(
-            *(
-                arrange(piece.view(x.shape), "contiguous" if x.is_contiguous() else case.layout)
-                for piece, x in zip(pieces, inputs, strict=True)
-            )
-        )
+        tensors = [piece.view(x.shape) for piece, x in zip(pieces, inputs, strict=True)]
+        tensors = [
+            x if like.is_contiguous() else arrange(x, case.layout) for x, like in zip(tensors, inputs, strict=True)
+        ]
+        return function(*tensors)
 
     assert torch.autograd.gradcheck(of_vector, vector, fast_mode=True, check_undefined_grad=False)
 

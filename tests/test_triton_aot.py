@@ -96,8 +96,8 @@ def test_the_choice_meets_in_threes() -> None:
     cases = [(arch, problem) for arch, problem in aot.problems() if problem.mode == "training"]
     places = {(arch, (problem.p, problem.size), problem.layout) for arch, problem in cases}
     assert places == set(itertools.product(aot.ARCHS, aot.STAGES, aot.LAYOUTS))
+    met = {(arch, problem.dtype, (problem.sampler, problem.modulation)) for arch, problem in cases}
     for first, second in itertools.combinations((aot.ARCHS, aot.DTYPES, aot.LOOKS), 2):
-        met = {(arch, problem.dtype, (problem.sampler, problem.modulation)) for arch, problem in cases}
         assert set(itertools.product(first, second)) <= {
             pair for each in met for pair in itertools.combinations(each, 2)
         }
@@ -126,10 +126,10 @@ def spills(x, o, N: tl.constexpr):
     tl.store(o + i, v + w)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_spills_are_seen(arch: str) -> None:
+@pytest.mark.parametrize("arch, n", [("sm_90", 32768), ("gfx942", 65536)])
+def test_spills_are_seen(arch: str, n: int) -> None:
     argument = aot.Argument(torch.float32)
-    options = (("N", 32768), ("num_warps", 4))
+    options = (("N", n), ("num_warps", 4))
     result = aot.compile_kernel(aot.Kernel(spills, (argument, argument), options, arch, record.Problem(4, 7, 1)))
     assert "spills" in result.complaint(arch)
 

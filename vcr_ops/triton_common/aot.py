@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -147,13 +148,15 @@ class _StandIn:
 
 def compile_kernel(kernel: Kernel) -> Result:
     """Compile one kernel, and read what it takes from what the compilers say."""
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     said = io.StringIO()
     before = driver._active
     driver.set_active(_StandIn(kernel.arch))
     args = [x if x.dtype is not None else x.value for x in kernel.arguments]
+    kernel.kernel.device_caches.clear()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), knobs.compilation.scope(), knobs.nvidia.scope():
+            # The assembler's words are what the numbers are read from: it must run, and they must be shown.
+            knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
             compiled = kernel.kernel.run(*args, grid=(1,), warmup=True, enable_fp_fusion=False, **dict(kernel.options))
     except Exception as error:  # whatever the compiler raises, the table shall have all kernels
         return Result(0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
@@ -183,21 +186,22 @@ def problems() -> list[tuple[str, Problem]]:
         (arch, layout, STAGES[i % len(STAGES)], mode)
         for i, (mode, arch, layout) in enumerate(itertools.product(("evaluation", "single ops"), ARCHS, LAYOUTS))
     ]
-    variants: list[dict[str, Any]] = [
-        {"dtype": dtype, "n": n, "sampler": sampler, "modulation": modulation, "edges": edges, "affine": affine}
-        for dtype, n, (sampler, modulation), edges, affine in itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES)
-    ]
-
-    def threes(choices: tuple[Any, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(choices), 3))
-
+    variants = list(itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES))
     seen: set[Any] = set()
+
+    def news(choices: tuple[Any, ...]) -> tuple[int, int]:
+        """How many pairs of choices haven't met before, and how many threes."""
+        numbered = list(enumerate(choices))
+        pairs, threes = (sum(each not in seen for each in itertools.combinations(numbered, k)) for k in (2, 3))
+        return pairs, threes
+
     found = []
     for place in places:
-        variant = max(variants, key=lambda v: len(threes((*place, *v.values())) - seen))
-        seen |= threes((*place, *variant.values()))
-        arch, layout, (p, size), mode = place
-        found.append((arch, Problem(p, size, layout=layout, mode=mode, **variant)))
+        choices = max(((*place, *variant) for variant in variants), key=news)
+        numbered = list(enumerate(choices))
+        seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))
+        arch, layout, (p, size), mode, dtype, n, (sampler, modulation), edges, affine = choices
+        found.append((arch, Problem(p, size, n, dtype, layout, mode, sampler, edges, modulation, affine)))
     return found
 
 

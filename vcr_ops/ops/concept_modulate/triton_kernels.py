@@ -212,7 +212,8 @@ def store_sums(
     C: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Row ``row`` of ``sums``: E0, E1, and for pixel modulation F0, F1, K1, top_sum (rows, C*p), K0, highest, count (rows, C)."""
+    """Row ``row`` of ``sums``: E0, E1, and for pixel modulation F0, F1, K1, top_sum (rows, C*p), K0, highest, count
+    (rows, C)."""
     size = scalar(rows).to(tl.int64) * (C * P)
     store_channels(sums, row, c, j, E0, C, P)
     store_channels(sums + size, row, c, j, E1, C, P)

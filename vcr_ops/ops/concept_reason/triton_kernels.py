@@ -33,8 +33,8 @@ def edges_row(h, edge, c, d, k, EDGES: tl.constexpr, C: tl.constexpr, PT: tl.con
 def merge_state_stats(parts, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
     """(mean, centred sum of squares), (PT2,) float64 each, of the states of all images, from parts (N, 2, pt).
 
-    The batch norm of the states is in float64 whatever the features are: of few states it lets through next to nothing of
-    a gradient, and rounding errors must be smaller than that.
+    The batch norm of the states is in float64 whatever the features are: of few states it lets through next to nothing
+    of a gradient, and rounding errors must be smaller than that.
     """
     mean = sum_images(parts, N, k, 2, PT, ROWS) / scalar(N).to(tl.float64)
     squares = tl.zeros((k.shape[0],), tl.float64)
@@ -94,8 +94,8 @@ def exchange(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Rows ``c`` of G = H + A H of image n, (len(c), PT2), from h_from (N, C, pt), DB concepts at a time; h_rows are rows
-    ``c`` of it. SAVE: dynamic edges go to edges_to (N, C, C)."""
+    """Rows ``c`` of G = H + A H of image n, (len(c), PT2), from h_from (N, C, pt), DB concepts at a time; h_rows are
+    its rows ``c``. SAVE: dynamic edges go to edges_to (N, C, C)."""
     g = h_rows
     if EDGES != "none":
         for start in range(0, C, DB):

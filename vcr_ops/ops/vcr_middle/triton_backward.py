@@ -1,8 +1,8 @@
 """The middle's kernels, backward: modulate_backward_sums (2R), then what is small, then middle_input_grad (2R + 1W).
 
 Two barriers stand between the passes: the batch norm of the states needs sums over all concepts (state_gradients gives
-each image's, state_norm_backward uses them), and that of the map sums over all images (small_gradients gives each group's). The parameters' gradients
-are summed over groups of images by small_gradients, and over the groups by the last kernel's programs, a slice each.
+each image's, state_norm_backward uses them), and that of the map sums over all images (small_gradients gives each
+group's). The parameters' gradients are summed over groups of images by small_gradients, and over the groups by the last kernel's programs, a slice each.
 """
 
 import triton
@@ -18,7 +18,6 @@ from ...triton_common.blocks import (
     rows_of,
     scalar,
     split_range,
-    store_channels,
     store_states,
     store_tile,
     store_weight_back_sum,
@@ -193,7 +192,7 @@ def state_gradients(
     g_sum = tl.zeros((PT2,), tl.float64)
     sum0 = tl.zeros((PT2,), tl.float64)
     sum1 = tl.zeros((PT2,), tl.float64)
-    for block in range(0, tl.cdiv(C, CB)):
+    for block in range(tl.cdiv(C, CB)):
         c = block * CB + tl.arange(0, CB)
         mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
         E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = merge_sums(
@@ -395,7 +394,7 @@ def sum_groups(
     GB: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The sum over groups, GB of them at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
+    """The sum over groups, GB at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
     x = tl.zeros(at.shape, ACC)
     for start in range(0, groups, GB):
         group = start + tl.arange(0, GB)

@@ -1,4 +1,4 @@
-"""Where the numbers that the middle keeps for its backward pass stand in ``saved``: MiddleSaved of csrc/vcr_middle/args.h.
+"""Where the numbers that the middle keeps for its backward pass stand in ``saved``.
 
 Every function takes ``saved`` and the sizes, and returns a pointer.
 """
