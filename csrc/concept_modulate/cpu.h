@@ -18,10 +18,19 @@ struct ModulateArgs {
 template <int P, int PT, class A>
 VCR_INLINE void project_state(const Problem& pr, const A* state, const A* w, A* out) {
   const Width<P, PT> size(pr);
-  for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
-  if (w == nullptr) return;
-  for (int64_t k = 0; k < size.pt(); ++k)
-    for (int64_t j = 0; j < size.p(); ++j) out[j] += state[k] * w[k * size.p() + j];
+  if (w == nullptr) {
+    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
+  } else if constexpr (by_quads<A, P, PT>) {
+    for (int j = 0; j < P; j += 4) {
+      quad sum = splat_quad(state[0]) * load_quad(w + j);
+      unroll<PT - 1>([&](auto K) { sum = fma(splat_quad(state[K() + 1]), load_quad(w + (K() + 1) * P + j), sum); });
+      store_quad(out + j, sum);
+    }
+  } else {
+    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
+    for (int64_t k = 0; k < size.pt(); ++k)
+      for (int64_t j = 0; j < size.p(); ++j) out[j] += state[k] * w[k * size.p() + j];
+  }
 }
 
 template <class A>
@@ -53,6 +62,13 @@ VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const SampleArgs<A
       B0[j] = scale_bias[j] * a.b[j] + shift_bias[j];
       A1[j] = abar[j] * a.s[j];
       B1[j] = scaled_offset(abar[j], a.b[j]) + bbar[j];
+    }
+  } else if constexpr (sizeof(A) == 4 && P > 0 && P % 4 == 0) {  // spelled out: for the compiler, the arrays might overlap
+    for (int j = 0; j < P; j += 4) {
+      const quad alpha = load_quad(abar + j) + load_quad(scale_bias + j);
+      const quad beta = alpha * load_quad(b + j) + load_quad(bbar + j) + load_quad(shift_bias + j);
+      store_quad(A0 + j, alpha * load_quad(s + j));
+      store_quad(B0 + j, beta);
     }
   } else {
     bool infinite = false;
@@ -92,9 +108,13 @@ VCR_INLINE void modulate_row(const T* y, T* out, int64_t S, acc_t<T> mu_, acc_t<
     if (i < S) store_partial(out + i, relu<A>(fma(a, load_partial(y + i, int(S - i)) - mu, b)), int(S - i));
     return;
   }
-  for_vectors<A>(S, [&](int64_t i, auto whole, int some) {
-    store_some<whole()>(out + i, relu<A>(fma(a, load_some<whole()>(y + i, some) - mu, b)), some);
-  });
+  if (S >= lanes<A>) {
+    for (int64_t i = 0; i + lanes<A> < S; i += lanes<A>) store(out + i, relu<A>(fma(a, load(y + i) - mu, b)));
+    const int64_t last = S - lanes<A>;  // overlaps what has been written, with the same values
+    store(out + last, relu<A>(fma(a, load(y + last) - mu, b)));
+    return;
+  }
+  store_partial(out, relu<A>(fma(a, load_partial(y, int(S)) - mu, b)), int(S));
 }
 // One channels_last row of a position: channels [0, count).
 template <class T>

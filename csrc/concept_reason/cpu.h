@@ -43,7 +43,7 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
       }
     }
     const A* weights = edges == Edges::dynamic_edges ? out : edge + c * C;
-    for (int64_t k = 0; k < pt; ++k) {
+    const auto weighted = [&](int64_t k) {
       vec<A> acc = zeros<A>();
       int64_t d = 0;
       for (; d + W <= C; d += W) acc = fma(load(weights + d), load(ht + k * row + d), acc);
@@ -51,8 +51,15 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
         const int some = int(C - d);
         acc = fma(load_partial(weights + d, some), load_partial(ht + k * row + d, some), acc);
       }
-      g[c * pt + k] = h[c * pt + k] + hsum<A>(acc);
+      return acc;
+    };
+    int64_t k = 0;
+    for (; k + W <= pt; k += W) {  // as many sums as a vector has lanes are added up together
+      vec<A> acc[W];
+      for (int i = 0; i < W; ++i) acc[i] = weighted(k + i);
+      store(g + c * pt + k, load(h + c * pt + k) + sum_rows<A>(acc));
     }
+    for (; k < pt; ++k) g[c * pt + k] = h[c * pt + k] + hsum<A>(weighted(k));
   }
 }
 

@@ -21,13 +21,13 @@ struct MiddleForwardCpu {
   const StateNorm state_norm;
   NormView<A> view;
   const int64_t CP, NC, groups, per_group;
-  const bool pixel;
+  const bool pixel, natural;
 
   explicit MiddleForwardCpu(const MiddleForward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
         coefficients(4 * pr.N * pr.channels()), state_memory(2 * pr.pt), state_norm{state_memory.get(), state_memory.get() + pr.pt},
         CP(pr.channels()), NC(pr.N * pr.C), groups(concept_groups(pr)), per_group(concepts_per_gather(pr)),
-        pixel(o.modulation == Modulation::pixel) {
+        pixel(o.modulation == Modulation::pixel), natural(samples_naturally()) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
   }
 
@@ -94,12 +94,26 @@ struct MiddleForwardCpu {
   void sample(int64_t n, int64_t c0, int64_t c1, A* buffer, A* scratch) const {
     const SampleWeights<A> weights{w.value, w.query, w.key, w.logit};
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, o.save ? saved.R : nullptr};
+    if constexpr (natural_channels_last<A, P>)
+      if (natural) return sample_natural<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, f.y, n, c0, c1, scratch);
+    const Keep keep = !pixel && !o.save ? Keep::nothing : pixel && o.save ? Keep::ties : Keep::softmax;
     visit_tiles(pr, f.y, n, c0, c1, buffer, [&](int64_t c, auto tile) {
-      sample_concept<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, pixel && o.save, n, c, tile,
-                            static_cast<A*>(nullptr), scratch);
+      sample_concept<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, keep, n, c, tile, static_cast<A*>(nullptr),
+                            scratch);
     });
   }
-  int64_t sample_memory() const { return sample_concept_scratch(pr); }
+  int64_t sample_memory(int64_t concepts) const {
+    if constexpr (natural_channels_last<A, P>)
+      if (natural) return sample_natural_scratch<P>(concepts);
+    return sample_concept_scratch(pr);
+  }
+  int64_t sample_buffer() const { return natural ? 0 : visit_scratch(pr, f.y); }
+  // Whether the map is sampled as it lies. Pixel modulation computes the logits anew and takes the order of sums that tiles have.
+  bool samples_naturally() const {
+    if constexpr (natural_channels_last<A, P>)
+      return f.y.layout() == Layout::channels_last && !o.save && !pixel && NaturalAttention<P>::fits(CP);
+    return false;
+  }
 
   // G of image n; its edges are kept for the backward pass, or else in `edges`.
   void reason(int64_t n, A* scratch, A* edges) const {
@@ -186,10 +200,11 @@ struct MiddleForwardCpu {
   }
 
   void sample_all() const {
-    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(sample_memory()), buffer(visit_scratch(pr, f.y));
+    const int64_t size = natural ? max(1, 64 / pr.p) : per_group, units = (pr.C + size - 1) / size;
+    for_ranges(f.pool, pr.N * units, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(sample_memory(size)), buffer(sample_buffer());
       for (int64_t i = begin; i < end; ++i)
-        sample(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), buffer.get(), scratch.get());
+        sample(i / units, i % units * size, min(pr.C, (i % units + 1) * size), buffer.get(), scratch.get());
     });
   }
 
@@ -224,10 +239,11 @@ struct MiddleForwardCpu {
   // Evaluation with an image for every thread: an image goes through all stages while it is in cache.
   void run_by_image() const {
     for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(max(sample_memory(), max(reason_scratch(pr.C, pr.pt), pixel_memory()))), buffer(visit_scratch(pr, f.y));
+      const int64_t size = natural ? pr.C : per_group;
+      Scratch<A> scratch(max(sample_memory(size), max(reason_scratch(pr.C, pr.pt), pixel_memory()))), buffer(sample_buffer());
       Scratch<A> edges(o.save ? 0 : pr.C * pr.C);
       for (int64_t n = begin; n < end; ++n) {
-        for (int64_t g = 0; g < groups; ++g) sample(n, g * per_group, min(pr.C, (g + 1) * per_group), buffer.get(), scratch.get());
+        for (int64_t c = 0; c < pr.C; c += size) sample(n, c, min(pr.C, c + size), buffer.get(), scratch.get());
         reason(n, scratch.get(), edges.get());
         finish_states(n);
         if (pixel)

@@ -130,9 +130,6 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
 // ---- channels_last with the paper's widths: no transposition. Four positions at a time; the dot products over a concept's channels
 // come out of the lanes by a transposed reduction, one exp serves four positions, and a lane's shuffle hands each its own.
 
-template <class A, int P>
-inline constexpr bool natural_channels_last = sizeof(A) == 4 && (P == 4 || P == 8 || P == 16 || P == 32);
-
 // One image; [C p] each, the softmax's numbers repeated for every channel of a concept.
 template <class A>
 struct NaturalInputGrad {

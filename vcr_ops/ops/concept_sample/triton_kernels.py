@@ -1,8 +1,8 @@
 """Pass ``concept_sample``: attention pooling over the map, centred (contract: attend; paper, Eq. 1 and 2).
 
 z = s * yhat + b with yhat = y - mu. Logits are ``yhat . v``, v = s * u, u = W^k q / sqrt(pt) or the learned vector:
-what is left out is constant over positions. Every lane keeps a softmax of its own (maximum, sum, weighted sums); lanes, and
-splits of an image, are merged at the end in a fixed order.
+what is left out is constant over positions. Every lane keeps a softmax of its own (maximum, sum, weighted sums); lanes,
+and splits of an image, are merged at the end in a fixed order.
 """
 
 import triton

@@ -2,7 +2,8 @@
 
 Two barriers stand between the passes: the batch norm of the states needs sums over all concepts (state_gradients gives
 each image's, state_norm_backward uses them), and that of the map sums over all images (small_gradients gives each
-group's). The parameters' gradients are summed over groups of images by small_gradients, and over the groups by the last kernel's programs, a slice each.
+group's). The parameters' gradients are summed over groups of images by small_gradients, and over the groups by the last
+kernel's programs, a slice each.
 """
 
 import triton

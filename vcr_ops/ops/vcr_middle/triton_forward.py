@@ -1,7 +1,8 @@
 """The middle's kernels, forward: sampler and modulator with the batch norms folded in.
 
 Training: channel_stats (1R), concept_sample (1R), concept_reason, concept_modulate (1R + 1W). Evaluation:
-concept_sample and concept_modulate, whose prologue does the reasoning; where images are split, channel_stats goes before.
+concept_sample and concept_modulate, whose prologue does the reasoning; where images are split, channel_stats goes
+before.
 """
 
 import triton
