@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("run", "passes", "overhead", "readme", "picture")
+COMMANDS = ("run", "passes", "overhead", "readme", "picture", "headlines")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
@@ -38,11 +38,16 @@ commands (none: run):
   overhead  what a step costs outside the kernels
   readme    write the README's table from a results file
   picture   draw a results file: latency beside the bandwidth floor
+  headlines the figures that a GPU's results files are looked at for
+`run` and `passes` take --device cuda, which has options of its own.
 `python -m benchmarks COMMAND --help` shows a command's options.
 """
 
 
 def _common(parser: argparse.ArgumentParser, command: str, seconds: float) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu",), default="cpu", help="cuda: on a GPU, with options of its own (add --help)"
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument(
         "--seconds",
@@ -108,6 +113,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "overhead": "What a step of the middle costs outside the kernels: a map of a few numbers.",
             "readme": "Write the README's table from a results file, between its benchmark markers.",
             "picture": "Draw a results file: latency beside the bandwidth floor.",
+            "headlines": "The figures that results of a GPU are looked at for, in a few lines.",
         }[command],
         epilog=SAMPLE if command == "run" else None,
     )
@@ -147,6 +153,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     elif command == "readme":
         parser.add_argument("file", type=Path, help="a JSON file that `run` wrote")
         parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="default: the repository's")
+    elif command == "headlines":
+        parser.add_argument("files", type=Path, nargs="+", help="JSON files that `run` and `passes` wrote on a GPU")
     else:
         parser.add_argument("file", type=Path, help="a JSON file that `run` wrote")
         parser.add_argument("image", type=Path, nargs="?", help="default: the file's name with .png")
@@ -353,12 +361,31 @@ def picture(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
+def _device(command: str, argv: list[str]) -> tuple[str, list[str]]:
+    """The device that ``--device`` names, and the other arguments."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", add_help=False, allow_abbrev=False)
+    devices = ("cpu", "cuda", "rehearsal") if command in ("run", "passes") else ("cpu",)
+    parser.add_argument("--device", choices=devices, default="cpu")
+    known, rest = parser.parse_known_args(argv)
+    return known.device, rest
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (a product side is wrong or can't run) or 2 (wrong usage)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-    options = _parser(command).parse_args(rest)
     try:
+        device, rest = _device(command, rest)
+        if device != "cpu":
+            from .gpu.command import main as on_gpu
+
+            return on_gpu(command, device, rest)
+        if command == "headlines":
+            from .gpu.headlines import headlines
+
+            print(*headlines(_parser(command).parse_args(rest).files), sep="\n")
+            return 0
+        options = _parser(command).parse_args(rest)
         return {"run": run, "passes": passes, "overhead": overhead, "readme": readme, "picture": picture}[command](
             options, argv
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .photographs import image_batch
+from .photographs import images_for
 
 CONCEPTS = 32
 LEVELS = ("middle", "block", "network")
@@ -24,6 +24,7 @@ LAYOUTS = ("contiguous", "channels_last")
 STAGES = (1, 2, 3, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_SIZE = 224
+DISTINCT = 64  # images; a larger batch repeats them
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=2)
-def _activations(count: int, image_size: int) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+def _activations(
+    count: int, image_size: int, device: str
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """stage -> (the second block's input, its middle's Y); and the network's state, statistics being this batch's."""
     import python_ref
 
     with seeded(0):
-        network = python_ref.vcrnet50(num_classes=1000)
+        network = python_ref.vcrnet50(num_classes=1000).to(device)
     for block in (block for stage in STAGES for block in getattr(network, f"layer{stage}")):
         # branches smaller than shortcuts, as in trained networks: otherwise sixteen blocks amplify every rounding
         nn.init.constant_(block.bn3.weight, 0.25)
@@ -135,11 +138,12 @@ def _activations(count: int, image_size: int) -> tuple[dict[int, tuple[Tensor, T
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a cumulative average: after one batch, that batch's statistics
     with torch.no_grad():
-        network.train()(image_batch(count, image_size)[0])
+        network.train()(images_for(device)(count, image_size)[0].to(device))
     for hook in hooks:
         hook.remove()
     state = {
-        name: value.double() if value.is_floating_point() else value for name, value in network.state_dict().items()
+        name: (value.double() if value.is_floating_point() else value).cpu()
+        for name, value in network.state_dict().items()
     }
     return {stage: (maps[0].detach(), maps[1].detach()) for stage, maps in kept.items()}, state
 
@@ -173,29 +177,32 @@ def _perturbed(state: dict[str, Tensor], dtype: torch.dtype, seed: int) -> dict[
     return moved
 
 
-def inputs_for(case: Case, draw: int = 0, images: int | None = None, corner: int | None = None) -> Inputs:
+def inputs_for(
+    case: Case, draw: int = 0, images: int | None = None, corner: int | None = None, device: str = "cpu"
+) -> Inputs:
     """The case's inputs. Draw 0 is what is timed; other draws have other parameters, gradients and images.
 
     images, corner: take so many images of the batch and of each a corner so many positions wide: for cheaper checks.
+    device: where the maps and labels lie; the state stays on the CPU.
     """
-    count = max(case.batch, 4)
-    if case.level == "network":
-        count = max(count, 8)
-    activations, network_state = _activations(count, case.image_size)
+    count = min(max(case.batch, 8 if case.level == "network" else 4), DISTINCT)
+    activations, network_state = _activations(count, case.image_size, device)
     chosen = (torch.arange(images or case.batch) + draw * (images or case.batch)) % count
     labels = None
     if case.level == "network":
-        x, labels = image_batch(count, case.image_size)
-        x, labels = x[chosen], labels[chosen]
+        x, labels = images_for(device)(count, case.image_size)
+        x, labels = x[chosen].to(device), labels[chosen].to(device)
     else:
-        x = activations[case.stage][case.level == "middle"][chosen]
+        x = activations[case.stage][case.level == "middle"][chosen.to(device)]
     if corner is not None:
         x = x[..., :corner, :corner]
     x = x.to(case.torch_dtype, memory_format=case.memory_format, copy=True)
     grad_out = None
     if case.mode == "train" and labels is None:
-        generator = torch.Generator().manual_seed(1000 + draw)
-        grad_out = torch.randn(x.shape, generator=generator).to(case.torch_dtype, memory_format=case.memory_format)
+        generator = torch.Generator(device).manual_seed(1000 + draw)
+        grad_out = torch.randn(x.shape, generator=generator, device=device).to(
+            case.torch_dtype, memory_format=case.memory_format
+        )
     state = _state_of(case, network_state)
     # a whole network's parameters stay as initialised: noise in fifty layers would be a network nobody has
     moved = _perturbed(state, case.torch_dtype, draw) if labels is None else _rounded(state, case.torch_dtype)

@@ -86,7 +86,7 @@ class _Draw(NamedTuple):
     reference: Tensors
 
 
-_draws: OrderedDict[tuple[Case, int], _Draw] = OrderedDict()
+_draws: OrderedDict[tuple[Case, int, str], _Draw] = OrderedDict()
 
 
 class _Arguments(TorchDispatchMode):
@@ -106,41 +106,41 @@ class _Arguments(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _inputs(case: Case, number: int, whole: bool) -> Inputs:
+def _inputs(case: Case, number: int, whole: bool, device: str) -> Inputs:
     if whole:
-        return inputs_for(case, number)
+        return inputs_for(case, number, device=device)
     if case.level == "middle":
-        return inputs_for(case, number, images=2)
+        return inputs_for(case, number, images=2, device=device)
     if case.level == "block":
-        return inputs_for(case, number, images=2, corner=7)
+        return inputs_for(case, number, images=2, corner=7, device=device)
     if case.mode == "train":
-        return inputs_for(case, number, images=2, corner=64)
+        return inputs_for(case, number, images=2, corner=64, device=device)
     # whole images of the batch that the running statistics come from: an untrained network overflows on others
-    return inputs_for(case, number, images=1)
+    return inputs_for(case, number, images=1, device=device)
 
 
-def _draw(case: Case, draw: int) -> tuple[Inputs, Tensors]:
+def _draw(case: Case, draw: int, device: str = "cpu") -> tuple[Inputs, Tensors]:
     """Inputs of a draw, and what the literal equations make of them in float64.
 
     The latter is kept for the case in the other layout, which has the same numbers.
     """
-    key = (replace(case, layout="contiguous"), draw)
+    key = (replace(case, layout="contiguous"), draw, device)
     whole = case.level == "middle" and draw == 0
     if key not in _draws:
-        _draws[key] = _find(case, draw, whole)
+        _draws[key] = _find(case, draw, whole, device)
         while len(_draws) > max(DRAWS.values()):
             _draws.popitem(last=False)
     found = _draws[key]
-    return _without_kinks(_inputs(case, found.number, whole), found.kinks), found.reference
+    return _without_kinks(_inputs(case, found.number, whole, device), found.kinks), found.reference
 
 
-def _find(case: Case, draw: int, whole: bool) -> _Draw:
+def _find(case: Case, draw: int, whole: bool, device: str) -> _Draw:
     number, kinks = draw, None
     case = replace(case, layout="contiguous")
-    exact = _inputs(case, number, whole).cast(torch.float64)
+    exact = _inputs(case, number, whole, device).cast(torch.float64)
     if case.mode == "train" and case.level != "network" and case.dtype == "float32":
         for number in range(draw, 50 * DRAWS[case.dtype], DRAWS[case.dtype]):
-            exact = _inputs(case, number, whole).cast(torch.float64)
+            exact = _inputs(case, number, whole, device).cast(torch.float64)
             with torch.no_grad(), _Arguments(KINK) as arguments:
                 _module(case, PROVIDERS["reference"], exact, torch.float64)(exact.x)
             *inner, last = arguments.near
@@ -165,7 +165,7 @@ _made = functools.lru_cache(maxsize=6)(Provider.module)
 
 
 def _module(case: Case, provider: Provider, inputs: Inputs, dtype: torch.dtype | None) -> nn.Module:
-    return provider.load(_made(provider, case, dtype), inputs)
+    return provider.load(_made(provider, case, dtype), inputs).to(inputs.x.device)
 
 
 def _joined(case: Case, tensors: Tensors) -> Tensors:
@@ -201,13 +201,13 @@ def _root_mean_square(draws: list[Errors], name: str) -> tuple[float, float]:
     return two, top
 
 
-def check(case: Case, providers: list[Provider]) -> dict[str, Verdict | Exception]:
+def check(case: Case, providers: list[Provider], device: str = "cpu") -> dict[str, Verdict | Exception]:
     """A verdict on each provider (eager ones; what is compiled is an eager side's code), or what it raised."""
     plain: list[Errors] = []
     sides: dict[str, list[Errors]] = {provider.name: [] for provider in providers}
     raised: dict[str, Exception] = {}
     for draw in range(DRAWS[case.dtype] if case.level != "network" else NETWORK_DRAWS):
-        inputs, reference = _draw(case, draw)
+        inputs, reference = _draw(case, draw, device)
         literal = _tensors(case, PROVIDERS["reference"], inputs)
         plain.append(_relative(literal, reference))
         for provider in providers:
@@ -227,9 +227,9 @@ def check(case: Case, providers: list[Provider]) -> dict[str, Verdict | Exceptio
     return verdicts
 
 
-def timed_inputs(case: Case) -> Inputs:
+def timed_inputs(case: Case, device: str = "cpu") -> Inputs:
     """The inputs to time: a middle's are those of its first draw, so that what is timed is what was checked."""
-    return _draw(case, 0)[0] if case.level == "middle" else inputs_for(case)
+    return _draw(case, 0, device)[0] if case.level == "middle" else inputs_for(case, device=device)
 
 
 def check_compiled(case: Case, workload: Workload, inputs: Inputs) -> Verdict:
@@ -238,7 +238,7 @@ def check_compiled(case: Case, workload: Workload, inputs: Inputs) -> Verdict:
     That is one draw, and for a block one with ReLUs near 0: it tells a broken side, not a slightly worse one.
     """
     if case.level == "middle":
-        reference = _draw(case, 0)[1]
+        reference = _draw(case, 0, inputs.x.device.type)[1]
     else:
         reference = _tensors(case, PROVIDERS["reference"], inputs.cast(torch.float64), torch.float64)
     plain = _relative(_tensors(case, PROVIDERS["reference"], inputs), reference)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,6 +73,9 @@ class Row:
     output_error: float | None = None
     plain_output_error: float | None = None
     peak_mb: float | None = None
+
+
+R = TypeVar("R", bound=Row)
 
 
 @contextmanager
@@ -149,7 +153,7 @@ def run_case(
 
     Sides that can't run, fail to build or compute something wrong get a reason instead of times.
     """
-    rows = {provider.name: _row(case, provider) for provider in providers}
+    rows: dict[str, Row] = {provider.name: _row(case, provider) for provider in providers}
     for name, reason in (left_out or {}).items():
         rows[name] = _row(case, PROVIDERS[name])
         rows[name].reason = reason
@@ -196,8 +200,8 @@ def run_case(
     return list(rows.values())
 
 
-def _row(case: Case, provider: Provider) -> Row:
-    return Row(
+def _row(case: Case, provider: Provider, kind: type[R] = Row) -> R:  # type: ignore[assignment]
+    return kind(
         case.level,
         case.mode,
         case.stage,

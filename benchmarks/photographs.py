@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from importlib import util
 
 import numpy as np
 import torch
@@ -74,3 +76,15 @@ def image_batch(count: int, size: int = 224) -> tuple[Tensor, Tensor]:
             cut = cut[:, ::-1]
         images[n] = (torch.from_numpy(np.ascontiguousarray(cut)).permute(2, 0, 1) - mean) / deviation
     return images, torch.arange(count) % len(pictures)
+
+
+def noise_batch(count: int, size: int = 224) -> tuple[Tensor, Tensor]:
+    """Normal noise in the place of ``image_batch``'s photographs."""
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(count) % len(NAMES)
+
+
+def images_for(device: str) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """``image_batch``; on a GPU's machine, where packages may be missing that can't be installed, ``noise_batch``."""
+    missing = any(util.find_spec(package) is None for package in ("skimage", "sklearn"))
+    return noise_batch if missing and device != "cpu" else image_batch

@@ -29,6 +29,7 @@ class Provider:
     build: makes the module of a case, not yet with the case's parameters.
     why_not: None where it can run the case, else one line that says what is missing.
     eager: name of the uncompiled provider that it is compiled from; None where it isn't compiled.
+    compile_mode: torch.compile's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Provider:
     build: Callable[[Case], nn.Module]
     why_not: Callable[[Case], str | None]
     eager: str | None = None
+    compile_mode: str | None = None
 
     def module(self, case: Case, dtype: torch.dtype | None = None) -> nn.Module:
         """The module in the case's mode, dtype and layout, uncompiled; ``load`` gives it its parameters.
@@ -77,9 +79,13 @@ class Workload:
     autocast.
     """
 
-    def __init__(self, case: Case, module: nn.Module, inputs: Inputs, compiled: bool = False) -> None:
+    def __init__(
+        self, case: Case, module: nn.Module, inputs: Inputs, compiled: bool = False, mode: str | None = None
+    ) -> None:
         self.case = case
-        self.call: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False) if compiled else module
+        self.call: Callable[[Tensor], Tensor] = module
+        if compiled:
+            self.call = torch.compile(module, dynamic=False, mode=mode)
         self.labels, self.grad_out = inputs.labels, inputs.grad_out
         self.autocast = case.level != "middle" and inputs.x.dtype == torch.bfloat16
         self.x = inputs.x
@@ -177,21 +183,21 @@ def _first_line(error: BaseException) -> str:
 
 
 @functools.cache
-def _backend_missing(backend: str) -> str | None:
+def _backend_missing(backend: str, device: str) -> str | None:
     """Why vcr_ops can't run a backend here, found by running a map of four numbers through it."""
     try:
         import vcr_ops
 
-        middle = vcr_ops.VisualConceptReasoning(4, 1, backend=backend).eval()
+        middle = vcr_ops.VisualConceptReasoning(4, 1, backend=backend).eval().to(device)
         with torch.no_grad():
-            middle(torch.zeros(1, 4, 1, 1))
+            middle(torch.zeros(1, 4, 1, 1, device=device))
     except (ImportError, AttributeError, RuntimeError, ValueError) as error:
         return _first_line(error)
     return None
 
 
-def _needs(backend: str) -> Callable[[Case], str | None]:
-    return lambda case: _backend_missing(backend)
+def _needs(backend: str, device: str = "cpu") -> Callable[[Case], str | None]:
+    return lambda case: _backend_missing(backend, device)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import Row
+from .measure import R, Row
 
 FORMAT = 1  # of the JSON file
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -175,9 +175,9 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 # README
 
 
-def cases_of(rows: Iterable[Row]) -> list[list[Row]]:
+def cases_of(rows: Iterable[R]) -> list[list[R]]:
     """Rows case by case, in order."""
-    cases: dict[tuple[Any, ...], list[Row]] = {}
+    cases: dict[tuple[Any, ...], list[R]] = {}
     for row in rows:
         key = (row.level, row.mode, row.stage, row.batch, row.dtype, row.layout, row.threads, row.height)
         cases.setdefault(key, []).append(row)

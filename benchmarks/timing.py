@@ -5,6 +5,7 @@ alike.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import resource
 import statistics
@@ -12,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 MIB = 1 << 20
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,24 +50,15 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def interleave(
-    sides: Mapping[str, Callable[[], object]],
-    *,
-    seconds: float,
-    min_rounds: int = 7,
-    max_rounds: int = 2000,
-    warm_up: int = 2,
-    before: Callable[[], object] | None = None,
-) -> dict[str, Samples]:
-    """Call every side once a round, each round beginning with the next side, for about ``seconds`` in all.
+def in_turn(
+    sides: Mapping[str, Callable[[], T]], *, seconds: float, min_rounds: int = 7, max_rounds: int = 2000
+) -> dict[str, list[T]]:
+    """What every side returned, called once a round, each round beginning with the next side, for about ``seconds`` in
+    all.
 
-    At least ``min_rounds`` however long they take, at most ``max_rounds``. ``before`` runs ahead of every call, untimed
-    (a cache flush). The garbage collector waits meanwhile.
+    At least ``min_rounds`` however long they take, at most ``max_rounds``. The garbage collector waits meanwhile.
     """
-    samples = {name: Samples() for name in sides}
-    for side in sides.values():
-        for _ in range(warm_up):
-            side()
+    returned: dict[str, list[T]] = {name: [] for name in sides}
     order = list(sides)
     collecting = gc.isenabled()
     gc.collect()
@@ -74,19 +68,48 @@ def interleave(
         rounds = 0
         while order and (rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < seconds)):
             for name in order:
-                side, into = sides[name], samples[name]
-                if before is not None:
-                    before()
-                faults = page_faults()
-                begin = time.perf_counter()
-                side()
-                into.seconds.append(time.perf_counter() - begin)
-                into.faults += page_faults() - faults
+                returned[name].append(sides[name]())
             order.append(order.pop(0))
             rounds += 1
     finally:
         if collecting:
             gc.enable()
+    return returned
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    min_rounds: int = 7,
+    max_rounds: int = 2000,
+    warm_up: int = 2,
+    before: Callable[[], object] | None = None,
+) -> dict[str, Samples]:
+    """Wall-clock times of every side, called in turn (see ``in_turn``) after ``warm_up`` calls of each.
+
+    ``before`` runs ahead of every call, untimed (a cache flush).
+    """
+    samples = {name: Samples() for name in sides}
+    for side in sides.values():
+        for _ in range(warm_up):
+            side()
+
+    def timed(side: Callable[[], object], into: Samples) -> None:
+        if before is not None:
+            before()
+        faults = page_faults()
+        begin = time.perf_counter()
+        side()
+        into.seconds.append(time.perf_counter() - begin)
+        into.faults += page_faults() - faults
+
+    in_turn(
+        {name: functools.partial(timed, side, samples[name]) for name, side in sides.items()},
+        seconds=seconds,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+    )
     return samples
 
 

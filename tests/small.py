@@ -50,7 +50,7 @@ def results(module: nn.Module, y: Tensor, call: Any = None) -> dict[str, Tensor]
         call = module = copy.deepcopy(module)
     y = y.requires_grad_()  # the tensor itself: it may be marked
     out = call(y)
-    grad = feature_map(*out.shape, seed=2, dtype=out.dtype)
+    grad = feature_map(*out.shape, seed=2, dtype=out.dtype).to(out.device)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     parameters = [p for p in module.parameters() if p.requires_grad]
     grads = torch.autograd.grad(out, [y, *parameters], grad)

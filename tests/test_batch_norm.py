@@ -1,14 +1,18 @@
 """Proves: both batch norms keep PyTorch's semantics whole, step by step beside nn.BatchNorm: momentum (None too),
-num_batches_tracked, track_running_stats=False, affine=False, train and eval, frozen."""
+num_batches_tracked, track_running_stats=False, affine=False, train and eval, frozen; and the batch's statistics stand
+as near to the exact ones as torch.var_mean's, also far from zero and near it."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import python_ref
 import vcr_ops
+
+from .closeness import Closeness, Result
 
 BACKENDS = ["cpp", "composite"]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -203,3 +207,34 @@ def test_low_precision_modules_keep_low_precision_buffers(backend):
         mine = dict(ours.named_buffers())[name]
         assert mine.dtype == x.dtype
         torch.testing.assert_close(mine, x, rtol=0.02, atol=0.02)
+
+
+# N, concepts, p, spatial: long rows, rows that are reduced together, and neither vectors nor blocks that come out even.
+STATISTICS_SIZES = [(2, 4, 4, (56, 56)), (4, 2, 32, (7, 7)), (2, 2, 16, (20, 20)), (3, 3, 5, (33, 32))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", STATISTICS_SIZES, ids=["x".join(map(str, (*n, *hw))) for *n, hw in STATISTICS_SIZES])
+@pytest.mark.parametrize("centre", [0, 30, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_batch_statistics_on_their_own_scale(dtype, centre, size, layout):
+    """10,000: differences from the mean are multiples of a large ulp, and their squares' sums end half way often."""
+    images, concepts, p, spatial = size
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    closeness = Closeness(dtype, "batch statistics")
+    for _ in range(6):
+        y = (random(images, concepts * p, *spatial).double() + centre).to(dtype).to(memory_format=LAYOUTS[layout])
+        weights = random(concepts, p, max(p // 4, 4)), random(concepts, p), random(concepts, p)
+        ours = vcr_ops.visual_concept_reasoning(y, *weights, sampler="pool", edges="none", backend="cpp")
+        var, mean = torch.var_mean(y, [0, 2, 3], correction=1)
+        exact = y.double().numpy().astype(np.longdouble)
+        closeness.add(
+            Result({"mean": ours.norm_mean, "var": ours.norm_var}),
+            Result({"mean": mean, "var": var}),
+            Result({"mean": exact.mean((0, 2, 3)), "var": exact.var((0, 2, 3), ddof=1)}),
+        )
+    closeness.check()

@@ -1,13 +1,31 @@
-// Mean and centred sum of squares of one channel of one image (passes: forward pass 1). 1R; the second sweep is over a block in L1.
+// Sum and centred sum of squares of one channel of one image (passes: forward pass 1). 1R; the second sweep is over a block in L1.
 #pragma once
 #include "../cpu/tile.h"
+#include "../cpu/wide_sum.h"
 
 namespace vcr {
 namespace {
 
-// Means are taken relative to a pivot near the data (0 where none is given), so that |mean| >> sigma costs no digits.
 constexpr int64_t stats_block = 1024;  // positions: a block stays in L1, and no float sum runs longer than this
 
+// For statistics, sums are taken in twice the precision: a mean is often far smaller than the values.
+template <class T>
+VCR_INLINE Total block_total(const T* y, int64_t S) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  WideSum<A> a[4];
+  int64_t i = 0;
+  for (; i + 4 * W <= S; i += 4 * W) unroll<4>([&](auto K) { a[K].add(load_wide<A>(y + i + K * W)); });
+  for (; i + W <= S; i += W) a[0].add(load_wide<A>(y + i));
+  if (i < S) a[1].add(load_partial(y + i, int(S - i)));
+  a[0].add(a[1]);
+  a[2].add(a[3]);
+  a[0].add(a[2]);
+  return a[0].total();
+}
+
+// For a mean that is only a number among others, float sums of a block do. They are taken relative to a pivot near the data (0 where
+// none is given), so that |mean| >> sigma costs no digits.
 template <class T>
 VCR_INLINE acc_t<T> block_sum(const T* y, int64_t S, acc_t<T> pivot) {
   using A = acc_t<T>;
@@ -26,29 +44,36 @@ VCR_INLINE acc_t<T> block_sum(const T* y, int64_t S, acc_t<T> pivot) {
   return hsum<A>((a0 + a1) + (a2 + a3));
 }
 
+// The sum of (y - mean)^2. Only eight squares are added up in the values' own type: many more would be enough for their rounding errors,
+// but these needn't be random. Values that are multiples of a large ulp make sums that end half way between two floats, and then ties are
+// rounded the same way each time.
 template <class T>
-VCR_INLINE acc_t<T> block_squares(const T* y, int64_t S, acc_t<T> mean) {
+VCR_INLINE WideSum<acc_t<T>> squares_about(const T* y, int64_t S, acc_t<T> mean) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const vec<A> m = splat(mean);
-  vec<A> a0 = zeros<A>(), a1 = a0, a2 = a0, a3 = a0;
+  WideSum<A> total;
   int64_t i = 0;
-  for (; i + 4 * W <= S; i += 4 * W) {
-    const vec<A> x0 = load(y + i) - m, x1 = load(y + i + W) - m, x2 = load(y + i + 2 * W) - m, x3 = load(y + i + 3 * W) - m;
-    a0 = fma(x0, x0, a0);
-    a1 = fma(x1, x1, a1);
-    a2 = fma(x2, x2, a2);
-    a3 = fma(x3, x3, a3);
+  for (; i + 8 * W <= S; i += 8 * W) {
+    vec<A> a[2] = {};
+    unroll<8>([&](auto K) {
+      const vec<A> x = load(y + i + K * W) - m;
+      a[K % 2] = fma(x, x, a[K % 2]);
+    });
+    total.add(a[0] + a[1]);
   }
-  for (; i + W <= S; i += W) {
-    const vec<A> x = load(y + i) - m;
-    a0 = fma(x, x, a0);
-  }
-  if (i < S) {
-    const vec<A> x = keep_first<A>(load_partial(y + i, int(S - i)) - m, int(S - i));
-    a1 = fma(x, x, a1);
-  }
-  return hsum<A>((a0 + a1) + (a2 + a3));
+  vec<A> a[2] = {};
+  for (; i + 2 * W <= S; i += 2 * W)
+    unroll<2>([&](auto K) {
+      const vec<A> x = load(y + i + K * W) - m;
+      a[K] = fma(x, x, a[K]);
+    });
+  for_vectors<A>(S - i, [&](int64_t at, auto whole, int some) {
+    const vec<A> x = only<whole(), A>(load_some<whole()>(y + i + at, some) - m, some);
+    a[whole() ? 0 : 1] = fma(x, x, a[whole() ? 0 : 1]);
+  });
+  total.add(a[0] + a[1]);
+  return total;
 }
 
 // The mean less the pivot.
@@ -59,89 +84,120 @@ VCR_INLINE acc_t<T> row_mean(const T* y, int64_t S, acc_t<T> pivot) {
   return acc_t<T>(sum / double(S));
 }
 
-// The mean less the pivot, and the centred sum of squares. Blocks are merged by Chan's formula; the sum of squares minus S mean^2 would
-// lose every digit where |mean| >> sigma.
+// The sum, and the centred sum of squares. Blocks are centred on their means as these were rounded, which is made up for, and merged by
+// Chan's formula; the sum of squares minus S mean^2 would lose every digit where |mean| >> sigma.
 template <class T>
-VCR_INLINE void row_stats(const T* y, int64_t S, acc_t<T> pivot, acc_t<T>& mean, acc_t<T>& squares) {
-  double sum = 0, m2 = 0;
+VCR_INLINE void row_stats(const T* y, int64_t S, Total& total, double& squares) {
+  using A = acc_t<T>;
+  double pivot = 0;
+  total = {};
+  squares = 0;
   for (int64_t i = 0; i < S; i += stats_block) {
-    const int64_t count = min(stats_block, S - i);
-    const double block = double(block_sum(y + i, count, pivot)), block_mean = block / double(count);
-    const double delta = i ? block_mean - sum / double(i) : 0.0;
-    m2 += double(block_squares(y + i, count, acc_t<T>(block_mean + double(pivot)))) +
-          delta * delta * double(i) * double(count) / double(i + count);
-    sum += block;
+    const double before = double(i), count = double(min(stats_block, S - i));
+    const Total block = block_total(y + i, int64_t(count));
+    const A centre = A(block.sum / count);
+    const double off = mean_less<A>(block, count, double(centre));
+    if (i == 0) pivot = double(centre);
+    const double delta = i ? mean_less<A>(block, count, pivot) - mean_less<A>(total, before, pivot) : 0.0;
+    const Total about = squares_about(y + i, int64_t(count), centre).total();
+    squares += about.sum + about.error - count * off * off + delta * delta * before * count / (before + count);
+    add<A>(total, block);
   }
-  mean = acc_t<T>(sum / double(S));
-  squares = acc_t<T>(m2);
 }
 
 // Short rows cost more in adding up lanes than in reading: as many rows as a vector has lanes are reduced together.
-constexpr int64_t short_row = 512;
+template <class A>
+constexpr int64_t short_row = 64 * lanes<A>;
 
-// The means of lanes<A> rows less their pivots, and their centred sums of squares where `squares` is not null.
-template <class T>
-VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean, acc_t<T>* squares) {
-  using A = acc_t<T>;
-  constexpr int W = lanes<A>;
-  vec<A> sums[W] = {};
-  const int64_t whole = S / W * W;
-  const int tail = int(S - whole);
-  const vec<A> pivots = pivot ? load(pivot) : zeros<A>();
-  unroll<W>([&](auto J) {
-    const T* from = y + J * row;
-    const vec<A> m = splat(A(pivots[J()]));
-    vec<A> a = zeros<A>(), b = a;
-    int64_t i = 0;
-    for (; i + 2 * W <= whole; i += 2 * W) {
-      a += load(from + i) - m;
-      b += load(from + i + W) - m;
-    }
-    if (i < whole) a += load(from + i) - m;
-    if (tail) b += keep_first<A>(load_partial(from + whole, tail) - m, tail);
-    sums[J] = a + b;
-  });
-  const vec<A> means = sum_rows<A>(sums) / splat(A(S));
-  store(mean, means);
-  if (squares == nullptr) return;
-  unroll<W>([&](auto J) {
-    const T* from = y + J * row;
-    const vec<A> m = splat(A(means[J()] + pivots[J()]));
-    vec<A> a = zeros<A>(), b = a;
-    int64_t i = 0;
-    for (; i + 2 * W <= whole; i += 2 * W) {
-      const vec<A> x0 = load(from + i) - m, x1 = load(from + i + W) - m;
-      a = fma(x0, x0, a);
-      b = fma(x1, x1, b);
-    }
-    if (i < whole) {
-      const vec<A> x = load(from + i) - m;
-      a = fma(x, x, a);
-    }
-    if (tail) {
-      const vec<A> x = keep_first<A>(load_partial(from + whole, tail) - m, tail);
-      b = fma(x, x, b);
-    }
-    sums[J] = a + b;
-  });
-  store(squares, sum_rows<A>(sums));
+// add(K, from, whole, count) for each vector of a short row, K = 0, 1 being the sum that it goes to.
+template <class T, class Add>
+VCR_INLINE void for_short_row(const T* from, int64_t S, Add add) {
+  constexpr int W = lanes<acc_t<T>>;
+  int64_t i = 0;
+  for (; i + 2 * W <= S; i += 2 * W) unroll<2>([&](auto K) { add(K, from + i + K * W, std::integral_constant<bool, true>{}, W); });
+  if (i + W <= S) {
+    add(std::integral_constant<int, 0>{}, from + i, std::integral_constant<bool, true>{}, W);
+    i += W;
+  }
+  if (i < S) add(std::integral_constant<int, 1>{}, from + i, std::integral_constant<bool, false>{}, int(S - i));
 }
 
-// Means less their pivots (null: 0), and sums of squares where not null, of `count` rows. A row's result doesn't depend on the others'.
+// The means of lanes<A> rows less their pivots.
 template <class T>
-VCR_INLINE void rows_stats(const T* y, int64_t row, int64_t count, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean, acc_t<T>* squares) {
+VCR_INLINE void short_rows_means(const T* y, int64_t row, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  vec<A> sums[W];
+  const vec<A> pivots = pivot ? load(pivot) : zeros<A>();
+  unroll<W>([&](auto J) {
+    const vec<A> m = splat(A(pivots[J()]));
+    vec<A> a[2] = {};
+    for_short_row(y + J * row, S,
+                  [&](auto K, const T* from, auto whole, int some) { a[K] += only<whole(), A>(load_some<whole()>(from, some) - m, some); });
+    sums[J] = a[0] + a[1];
+  });
+  store(mean, sum_rows<A>(sums) / splat(A(S)));
+}
+
+// The sums of lanes<A> rows, and their centred sums of squares. Floats.
+template <class T>
+VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, Total* total, double* squares) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>, WD = lanes<double>;
+  alignas(VCR_VECTOR_BYTES) double sum[W];
+  for (int half = 0; half < W; half += WD) {
+    vec<double> sums[WD];
+    unroll<WD>([&](auto J) {
+      WideSum<A> a[2];
+      for_short_row(y + (half + J) * row, S, [&](auto K, const T* from, auto whole, int some) {
+        if constexpr (whole())
+          a[K].add(load_wide<A>(from));
+        else
+          a[K].add(load_partial(from, some));
+      });
+      a[0].add(a[1]);
+      sums[J] = a[0].sum.part[0] + a[0].sum.part[1];
+    });
+    store(sum + half, sum_rows<double>(sums));
+  }
+  A centre[W];
+  alignas(VCR_VECTOR_BYTES) double about[W];
+  const double per_position = 1.0 / double(S);
+  for (int j = 0; j < W; ++j) centre[j] = A(sum[j] * per_position);
+  for (int half = 0; half < W; half += WD) {
+    vec<double> sums[WD];
+    unroll<WD>([&](auto J) {
+      const Wide<A> s = squares_about(y + (half + J) * row, S, centre[half + J]).sum;
+      sums[J] = s.part[0] + s.part[1];
+    });
+    store(about + half, sum_rows<double>(sums));
+  }
+  for (int j = 0; j < W; ++j) {
+    const double off = sum[j] * per_position - double(centre[j]);
+    total[j] = {sum[j], 0};
+    squares[j] = about[j] - double(S) * off * off;
+  }
+}
+
+// A row's result doesn't depend on the others'. Means of `count` rows less their pivots (null: 0).
+template <class T>
+VCR_INLINE void rows_means(const T* y, int64_t row, int64_t count, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean) {
+  constexpr int W = lanes<acc_t<T>>;
+  int64_t j = 0;
+  if (S <= short_row<acc_t<T>> && count % W == 0)
+    for (; j < count; j += W) short_rows_means(y + j * row, row, S, offset(pivot, j), mean + j);
+  for (; j < count; ++j) mean[j] = row_mean(y + j * row, S, pivot ? pivot[j] : acc_t<T>(0));
+}
+// Sums and centred sums of squares of `count` rows.
+template <class T>
+VCR_INLINE void rows_stats(const T* y, int64_t row, int64_t count, int64_t S, Total* total, double* squares) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   int64_t j = 0;
-  if (S <= short_row && count % W == 0)
-    for (; j < count; j += W) short_rows_stats(y + j * row, row, S, offset(pivot, j), mean + j, offset(squares, j));
-  for (; j < count; ++j) {
-    const A from = pivot ? pivot[j] : A(0);
-    if (squares == nullptr)
-      mean[j] = row_mean(y + j * row, S, from);
-    else
-      row_stats(y + j * row, S, from, mean[j], squares[j]);
-  }
+  if constexpr (sizeof(A) == 4)
+    if (S <= short_row<A> && count % W == 0)
+      for (; j < count; j += W) short_rows_stats(y + j * row, row, S, total + j, squares + j);
+  for (; j < count; ++j) row_stats(y + j * row, S, total[j], squares[j]);
 }
 
 }  // namespace

@@ -6,10 +6,11 @@
 namespace vcr {
 namespace {
 
-// out = relu(M~ (A1 yhat + B1) + A0 yhat + B0); for channel modulation A1 and B1 are already added to A0 and B0.
+// out = relu((M~ A1 + A0) yhat + M~ B1 + B0); for channel modulation A1 and B1 are already added to A0 and B0. In this order an infinite
+// yhat comes out as it does where nothing is folded: the sign of its slope decides.
 template <class A>
 struct ModulateArgs {
-  const A* mu;
+  const A* mu;                 // yhat = y - mu
   const A *A0, *B0, *A1, *B1;  // [p] each
 };
 
@@ -17,30 +18,73 @@ struct ModulateArgs {
 template <int P, int PT, class A>
 VCR_INLINE void project_state(const Problem& pr, const A* state, const A* w, A* out) {
   const Width<P, PT> size(pr);
-  for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
-  if (w == nullptr) return;
-  for (int64_t k = 0; k < size.pt(); ++k)
-    for (int64_t j = 0; j < size.p(); ++j) out[j] += state[k] * w[k * size.p() + j];
+  if (w == nullptr) {
+    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
+  } else if constexpr (by_quads<A, P, PT>) {
+    for (int j = 0; j < P; j += 4) {
+      quad sum = splat_quad(state[0]) * load_quad(w + j);
+      unroll<PT - 1>([&](auto K) { sum = fma(splat_quad(state[K() + 1]), load_quad(w + (K() + 1) * P + j), sum); });
+      store_quad(out + j, sum);
+    }
+  } else {
+    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
+    for (int64_t k = 0; k < size.pt(); ++k)
+      for (int64_t j = 0; j < size.p(); ++j) out[j] += state[k] * w[k * size.p() + j];
+  }
 }
 
-// coefficients: A0, B0, A1, B1, [p] each, `stride` apart.
+template <class A>
+VCR_INLINE vec<A> slope_at(const vec<A>& M, const vec<A>& A0, const vec<A>& A1) {
+  return fma(M, A1, A0);
+}
+// What the ReLU sees, given the slope.
+template <class A>
+VCR_INLINE vec<A> pre_activation(const vec<A>& M, const vec<A>& slope, const vec<A>& x, const vec<A>& B0, const vec<A>& B1) {
+  return fma(slope, x, fma(M, B1, B0));
+}
+
+// 0 where b is, whatever alpha.
+template <class A>
+VCR_INLINE A scaled_offset(A alpha, A b) {
+  return b == 0 ? A(0) : alpha * b;
+}
+
+// coefficients: A0, B0, A1, B1, [p] each, `stride` apart. For channel modulation the third is the centre of yhat instead: mu, but where
+// alpha is infinite mu - b / s, so that alpha z is alpha s (y - centre) and not a difference of infinities.
 template <int P, class A>
-VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const A* s, const A* b, const A* abar, const A* bbar, const A* scale_bias,
+VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const SampleArgs<A>& a, const A* abar, const A* bbar, const A* scale_bias,
                                       const A* shift_bias, int64_t stride, A* out) {
   const int64_t p = P > 0 ? P : p_;
   A *A0 = out, *B0 = out + stride, *A1 = out + 2 * stride, *B1 = out + 3 * stride;
   if (pixel) {
     for (int64_t j = 0; j < p; ++j) {
-      A0[j] = scale_bias[j] * s[j];
-      B0[j] = scale_bias[j] * b[j] + shift_bias[j];
-      A1[j] = abar[j] * s[j];
-      B1[j] = abar[j] * b[j] + bbar[j];
+      A0[j] = scale_bias[j] * a.s[j];
+      B0[j] = scale_bias[j] * a.b[j] + shift_bias[j];
+      A1[j] = abar[j] * a.s[j];
+      B1[j] = scaled_offset(abar[j], a.b[j]) + bbar[j];
+    }
+  } else if constexpr (sizeof(A) == 4 && P > 0 && P % 4 == 0) {  // spelled out: for the compiler, the arrays might overlap
+    for (int j = 0; j < P; j += 4) {
+      const quad alpha = load_quad(abar + j) + load_quad(scale_bias + j);
+      const quad beta = alpha * load_quad(b + j) + load_quad(bbar + j) + load_quad(shift_bias + j);
+      store_quad(A0 + j, alpha * load_quad(s + j));
+      store_quad(B0 + j, beta);
     }
   } else {
+    bool infinite = false;
     for (int64_t j = 0; j < p; ++j) {
       const A alpha = abar[j] + scale_bias[j];
-      A0[j] = alpha * s[j];
-      B0[j] = alpha * b[j] + bbar[j] + shift_bias[j];
+      A0[j] = alpha * a.s[j];
+      B0[j] = scaled_offset(alpha, a.b[j]) + bbar[j] + shift_bias[j];
+      A1[j] = a.mu[j];
+      infinite |= alpha - alpha != 0;
+    }
+    if (!infinite) return;
+    for (int64_t j = 0; j < p; ++j) {
+      const A alpha = abar[j] + scale_bias[j];
+      if (alpha - alpha == 0) continue;
+      B0[j] = bbar[j] + shift_bias[j];
+      A1[j] = a.mu[j] - a.b[j] / a.s[j];
     }
   }
 }
@@ -64,9 +108,13 @@ VCR_INLINE void modulate_row(const T* y, T* out, int64_t S, acc_t<T> mu_, acc_t<
     if (i < S) store_partial(out + i, relu<A>(fma(a, load_partial(y + i, int(S - i)) - mu, b)), int(S - i));
     return;
   }
-  for_vectors<A>(S, [&](int64_t i, auto whole, int some) {
-    store_some<whole()>(out + i, relu<A>(fma(a, load_some<whole()>(y + i, some) - mu, b)), some);
-  });
+  if (S >= lanes<A>) {
+    for (int64_t i = 0; i + lanes<A> < S; i += lanes<A>) store(out + i, relu<A>(fma(a, load(y + i) - mu, b)));
+    const int64_t last = S - lanes<A>;  // overlaps what has been written, with the same values
+    store(out + last, relu<A>(fma(a, load(y + last) - mu, b)));
+    return;
+  }
+  store_partial(out, relu<A>(fma(a, load_partial(y, int(S)) - mu, b)), int(S));
 }
 // One channels_last row of a position: channels [0, count).
 template <class T>
@@ -92,8 +140,8 @@ VCR_INLINE void modulate_pixel_block(Tile<T> y, O* out, int64_t out_row, int64_t
     O* to = out + j * out_row;
     const vec<A> mu = splat(m.mu[j]), A0 = splat(m.A0[j]), B0 = splat(m.B0[j]), A1 = splat(m.A1[j]), B1 = splat(m.B1[j]);
     for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
-      const vec<A> x = load_some<whole()>(from + i, some) - mu;
-      store_some<whole()>(to + i, relu<A>(fma(load(attention + i), fma(A1, x, B1), fma(A0, x, B0))), some);
+      const vec<A> x = load_some<whole()>(from + i, some) - mu, M = load(attention + i);
+      store_some<whole()>(to + i, relu<A>(pre_activation<A>(M, slope_at<A>(M, A0, A1), x, B0, B1)), some);
     });
   }
 }
@@ -213,14 +261,14 @@ VCR_INLINE void backward_sums_pixel_block(Tile<T> y, Tile<D> d, int64_t count, i
     vec<A> e0 = zeros<A>(), e1 = e0, f0 = e0, f1 = e0;
     for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
       const vec<A> x = only<whole(), A>(load_some<whole()>(y.data + j * y.row + i, some) - mu, some);
-      const vec<A> weight = load(attention + i), inner = fma(A1, x, B1);
-      const vec<A> e = where_active<A>(fma(weight, inner, fma(A0, x, B0)), load_some<whole()>(d.data + j * d.row + i, some));
+      const vec<A> weight = load(attention + i), pre = pre_activation<A>(weight, slope_at<A>(weight, A0, A1), x, B0, B1);
+      const vec<A> e = where_active<A>(pre, load_some<whole()>(d.data + j * d.row + i, some));
       const vec<A> we = weight * e;
       e0 += e;
       e1 = fma(e, x, e1);
       f0 += we;
       f1 = fma(we, x, f1);
-      store(k + i, fma(e, inner, load(k + i)));
+      store(k + i, fma(e, fma(A1, x, B1), load(k + i)));
     });
     E0[j] += double(hsum<A>(e0));
     E1[j] += double(hsum<A>(e1));

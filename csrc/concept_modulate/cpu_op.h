@@ -29,8 +29,8 @@ struct ModulateStage {
         project_state<P, PT>(pr, f.state + i * pr.pt, offset(f.weights.scale_weight, weights), abar);
         project_state<P, PT>(pr, f.state + i * pr.pt, offset(f.weights.shift_weight, weights), bbar);
         const SampleArgs<A> a = concept_args(c);
-        modulate_coefficients<P>(pr.p, pixel, a.s, a.b, abar, bbar, f.weights.scale_bias + c * pr.p, f.weights.shift_bias + c * pr.p,
-                                 pr.N * CP, coefficients.get() + i * pr.p);
+        modulate_coefficients<P>(pr.p, pixel, a, abar, bbar, f.weights.scale_bias + c * pr.p, f.weights.shift_bias + c * pr.p, pr.N * CP,
+                                 coefficients.get() + i * pr.p);
       }
     });
   }
@@ -137,7 +137,8 @@ struct ModulateBackwardCpu {
         vec<A> out;
         if constexpr (pixel) {
           const vec<A> M = load(weights + i);
-          out = fma(M, A1, A0) * where_active<A>(fma(M, fma(A1, x, B1), fma(A0, x, B0)), grad);
+          const vec<A> slope = slope_at<A>(M, A0, A1);
+          out = slope * where_active<A>(pre_activation<A>(M, slope, x, B0, B1), grad);
         } else {
           out = A0 * where_active<A>(fma(A0, x, B0), grad);
         }

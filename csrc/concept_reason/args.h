@@ -16,7 +16,7 @@ struct ReasonForward {
   const A *h, *edge, *weight, *bias;  // [N, C, pt]; [pt, C] or [C, C]; [pt]
   A *mean, *var;                      // [pt]; written (var with Bessel's correction) where `batch`
   A* state;                           // [N, C, pt]
-  A *xhat, *a, *rstd;                 // [N, C, pt], [N, C, C], [2 pt]: what the backward pass reads
+  A *g, *a, *norm;                    // [N, C, pt], [N, C, C], [2 pt]: what the backward pass reads
   Parallel pool;
 };
 
@@ -26,7 +26,7 @@ struct ReasonBackward {
   Edges edges;
   bool batch;
   const A *dstate, *h, *edge, *weight, *bias;
-  const A *xhat, *a, *rstd;
+  const A *g, *a, *norm;
   A *dh, *dedge, *dweight, *dbias;
   Parallel pool;
 };

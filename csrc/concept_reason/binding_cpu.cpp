@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason(const Tensor& h, const Optiona
       f.mean = const_cast<A*>(get(mean, f.pt, "mean")), f.var = const_cast<A*>(get(var, f.pt, "var"));
     }
     f.state = data<A>(state);
-    f.xhat = data<A>(saved), f.a = f.xhat + states, f.rstd = f.a + square;
+    f.g = data<A>(saved), f.a = f.g + states, f.norm = f.a + square;
     f.pool = torch_pool();
     kernels<A>().reason_forward(f);
     if (!save) saved = new_small<A>({0});
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     f.edge = f.edges == Edges::none ? nullptr : get(edge, edge_size(f.edges, f.C, f.pt), "edge");
     f.weight = get(weight, f.pt, "weight");
     f.bias = get(bias, f.pt, "bias");
-    f.xhat = static_cast<const A*>(saved.const_data_ptr()), f.a = f.xhat + states, f.rstd = f.a + square;
+    f.g = static_cast<const A*>(saved.const_data_ptr()), f.a = f.g + states, f.norm = f.a + square;
     Tensor dh = new_small<A>({f.N, f.C, f.pt}), dedge = new_gradient<A>(edge);
     Tensor dweight = new_gradient<A>(weight), dbias = new_gradient<A>(bias), unused = new_small<A>({2 * f.pt});
     f.dh = data<A>(dh);

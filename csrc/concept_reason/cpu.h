@@ -43,7 +43,7 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
       }
     }
     const A* weights = edges == Edges::dynamic_edges ? out : edge + c * C;
-    for (int64_t k = 0; k < pt; ++k) {
+    const auto weighted = [&](int64_t k) {
       vec<A> acc = zeros<A>();
       int64_t d = 0;
       for (; d + W <= C; d += W) acc = fma(load(weights + d), load(ht + k * row + d), acc);
@@ -51,55 +51,98 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
         const int some = int(C - d);
         acc = fma(load_partial(weights + d, some), load_partial(ht + k * row + d, some), acc);
       }
-      g[c * pt + k] = h[c * pt + k] + hsum<A>(acc);
+      return acc;
+    };
+    int64_t k = 0;
+    for (; k + W <= pt; k += W) {  // as many sums as a vector has lanes are added up together
+      vec<A> acc[W];
+      for (int i = 0; i < W; ++i) acc[i] = weighted(k + i);
+      store(g + c * pt + k, load(h + c * pt + k) + sum_rows<A>(acc));
     }
+    for (; k < pt; ++k) g[c * pt + k] = h[c * pt + k] + hsum<A>(weighted(k));
   }
 }
 
-// Mean and biased variance of each of the pt columns of g [rows, pt].
+// The batch norm of states, in double whatever their type: over few rows its gradient nearly cancels (over two, to eps / (var + eps) of
+// what goes in), so both directions must see the same mean and scale, and not as a float has them. The backward pass takes the states'
+// own mean again; what it can't is kept as `saved` [2 pt]: the scale, then what rounding took from it (of given statistics: the mean).
+struct StateNorm {
+  double *mean, *rstd;  // [pt] each
+};
+
+// The mean of each of the pt columns of g [rows, pt], and its sum of squares about it where not null.
 template <class A>
-void state_statistics(int64_t rows, int64_t pt, const A* g, A* mean, A* variance) {
-  Scratch<double> scratch(2 * pt);
-  double *m = scratch.get(), *squares = m + pt;
-  fill_zero(m, 2 * pt);
+void state_moments(int64_t rows, int64_t pt, const A* g, double* mean, double* squares) {
+  fill_zero(mean, pt);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < pt; ++k) m[k] += double(g[r * pt + k]);
-  for (int64_t k = 0; k < pt; ++k) m[k] /= double(rows);
+    for (int64_t k = 0; k < pt; ++k) mean[k] += double(g[r * pt + k]);
+  for (int64_t k = 0; k < pt; ++k) mean[k] /= double(rows);
+  if (squares == nullptr) return;
+  fill_zero(squares, pt);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
-      const double x = double(g[r * pt + k]) - m[k];
+      const double x = double(g[r * pt + k]) - mean[k];
       squares[k] += x * x;
     }
+}
+// Of this batch; mean and var (with Bessel's correction) are written.
+template <class A>
+void batch_state_norm(int64_t rows, int64_t pt, double eps, const A* g, const StateNorm& to, A* mean, A* var, A* saved) {
+  state_moments(rows, pt, g, to.mean, to.rstd);
   for (int64_t k = 0; k < pt; ++k) {
-    mean[k] = A(m[k]);
-    variance[k] = A(squares[k] / double(rows));
+    const double squares = to.rstd[k];
+    mean[k] = A(to.mean[k]);
+    var[k] = A(squares / double(rows - 1));
+    to.rstd[k] = 1.0 / __builtin_sqrt(squares / double(rows) + eps);
+    saved[k] = A(to.rstd[k]);
+    saved[pt + k] = A(to.rstd[k] - double(saved[k]));
+    to.rstd[k] = double(saved[k]) + double(saved[pt + k]);  // as the backward pass will find it
+  }
+}
+template <class A>
+void given_state_norm(int64_t pt, double eps, const A* mean, const A* var, const StateNorm& to, A* saved) {
+  for (int64_t k = 0; k < pt; ++k) {
+    to.mean[k] = double(saved[pt + k] = mean[k]);
+    to.rstd[k] = double(saved[k] = A(1.0 / __builtin_sqrt(double(var[k]) + eps)));
+  }
+}
+// What the forward pass used.
+template <class A>
+void saved_state_norm(int64_t rows, int64_t pt, bool batch, const A* g, const A* saved, const StateNorm& to) {
+  if (batch) state_moments(rows, pt, g, to.mean, static_cast<double*>(nullptr));
+  for (int64_t k = 0; k < pt; ++k) {
+    to.rstd[k] = double(saved[k]) + (batch ? double(saved[pt + k]) : 0.0);
+    if (!batch) to.mean[k] = double(saved[pt + k]);
   }
 }
 
-// xhat = (g - mean) rstd, state = relu(xhat * weight + bias); weight and bias may be null. xhat may be g.
+// ((g - mean) rstd) weight + bias; weight and bias may be null.
 template <class A>
-VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const A* mean, const A* rstd, const A* weight, const A* bias,
-                                 A* xhat, A* state) {
+VCR_INLINE A normalised_state(A g, int64_t k, const StateNorm& norm, const A* weight, const A* bias) {
+  const double x = (double(g) - norm.mean[k]) * norm.rstd[k];
+  return A(x * (weight ? double(weight[k]) : 1.0) + (bias ? double(bias[k]) : 0.0));
+}
+template <class A>
+VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const StateNorm& norm, const A* weight, const A* bias, A* state) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
-      const A x = (g[r * pt + k] - mean[k]) * rstd[k];
-      const A y = x * (weight ? weight[k] : A(1)) + (bias ? bias[k] : A(0));
-      xhat[r * pt + k] = x;
+      const A y = normalised_state(g[r * pt + k], k, norm, weight, bias);
       state[r * pt + k] = y < 0 ? A(0) : y;  // keeps NaN
     }
 }
 
 // dstate is dL/dstate where the ReLU is active, else 0, in; dL/dg out. dweight, dbias [pt] are always written.
 template <class A>
-void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* xhat, const A* rstd, const A* weight, A* dstate, A* dweight,
-                               A* dbias) {
+void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* g, const StateNorm& norm, const A* weight, A* dstate,
+                               A* dweight, A* dbias) {
   Scratch<double> scratch(2 * pt);
   double *sum = scratch.get(), *product = sum + pt;
   fill_zero(sum, 2 * pt);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
-      sum[k] += double(dstate[r * pt + k]);
-      product[k] += double(dstate[r * pt + k]) * double(xhat[r * pt + k]);
+      const double d = double(dstate[r * pt + k]);
+      sum[k] += d;
+      product[k] += d * ((double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k]);
     }
   for (int64_t k = 0; k < pt; ++k) {
     dbias[k] = A(sum[k]);
@@ -110,8 +153,8 @@ void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* xh
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
-      const A scale = (weight ? weight[k] : A(1)) * rstd[k];
-      dstate[r * pt + k] = scale * (dstate[r * pt + k] - A(sum[k]) - xhat[r * pt + k] * A(product[k]));
+      const double scale = (weight ? double(weight[k]) : 1.0) * norm.rstd[k], x = (double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k];
+      dstate[r * pt + k] = A(scale * (double(dstate[r * pt + k]) - sum[k] - x * product[k]));
     }
 }
 

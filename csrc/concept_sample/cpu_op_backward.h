@@ -26,7 +26,7 @@ struct SampleBackwardCpu {
     for (int64_t i = 0; i < pr.S; ++i) e[i] = extra[i] = e[i] * (dattention[i] - A(total));
     for (int64_t i = pr.S; i < round_up(pr.S, lanes<A>); ++i) e[i] = 0;
     for (int64_t j = 0; j < pr.p; ++j) K1[j] = 0;
-    for (int64_t i = 0; i < pr.S; i += sample_block) add_first_moment<P>(tile, i, min(sample_block, pr.S - i), pr.p, a.mu, e + i, K1);
+    for (int64_t i = 0; i < pr.S; i += moment_block<A>) add_first_moment<P>(tile, i, min(moment_block<A>, pr.S - i), pr.p, a.mu, e + i, K1);
   }
 
   void run() const {

@@ -17,6 +17,12 @@ struct Width {
   __attribute__((always_inline)) int64_t pt() const { return constant(PT, pt_); }
 };
 
+// Where no backward pass will follow, logits are in units of log2 and a softmax is summed in one sweep: weights are relative to the
+// largest logit of the first block of positions, and what was summed is scaled only where a later logit is larger by more than this, so
+// that hardly a block has to be.
+constexpr float softmax_slack = 6;
+constexpr double log2_e = 1.44269504088896341;
+
 // Whether (p, pt) products can go by four states at a time, which every level has registers for.
 template <class A, int P, int PT>
 inline constexpr bool by_quads = sizeof(A) == 4 && P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0;

@@ -9,6 +9,9 @@ namespace vcr {
 namespace {
 
 constexpr int64_t sample_block = 128 * lanes<float>;  // positions that moments are summed over before the blocks are added up
+// Doubles are fewer to a vector, and their blocks' sums aren't added up in anything wider: shorter ones.
+template <class A>
+inline constexpr int64_t moment_block = sizeof(A) == 4 ? sample_block : 32 * lanes<A>;
 
 // logits[i] = sum_j (y[j, begin + i] - mu[j]) v[j], i < count; lanes past the end are -inf. The sum over j runs in one order
 // everywhere, so that the backward pass finds the same bits.
@@ -33,16 +36,29 @@ VCR_INLINE void logits(Tile<T> y, int64_t begin, int64_t count, int64_t p_, cons
     store(out + i + 2 * W, x2);
     store(out + i + 3 * W, x3);
   }
-  for_vectors<A>(count - i, [&](int64_t at, auto whole, int some) {
-    vec<A> x = zeros<A>();
-    const T* from = y.data + begin + i + at;
-    for (int64_t j = 0; j < p; ++j, from += y.row) x = fma(load_some<whole()>(from, some) - splat(mu[j]), splat(v[j]), x);
-    if constexpr (!whole()) {
+  // what is left in one sweep, too: the chains of a sum over j run side by side
+  const auto rest = [&](auto vectors, auto partial, int some) {
+    vec<A> x[vectors() + 1] = {};
+    const T* from = y.data + begin + i;
+    for (int64_t j = 0; j < p; ++j, from += y.row) {
+      const vec<A> m = splat(mu[j]), w = splat(v[j]);
+      unroll<vectors()>([&](auto K) { x[K] = fma(load(from + K * W) - m, w, x[K]); });
+      if constexpr (partial()) x[vectors()] = fma(load_partial(from + vectors() * W, some) - m, w, x[vectors()]);
+    }
+    unroll<vectors()>([&](auto K) { store(out + i + K * W, x[K]); });
+    if constexpr (partial()) {
       mask_t<A> index;
       for (int k = 0; k < W; ++k) index[k] = k;
-      x = index < decltype(index[0] + 0)(some) ? x : splat(-A(__builtin_inf()));
+      store(out + i + vectors() * W, index < decltype(index[0] + 0)(some) ? x[vectors()] : splat(-A(__builtin_inf())));
     }
-    store(out + i + at, x);
+  };
+  unroll<4>([&](auto K) {
+    if ((count - i) / W != K) return;
+    const int some = int((count - i) % W);
+    if (some != 0)
+      rest(K, std::integral_constant<bool, true>{}, some);
+    else if constexpr (K() > 0)
+      rest(K, std::integral_constant<bool, false>{}, some);
   });
 }
 
@@ -90,23 +106,82 @@ VCR_INLINE Softmax<A> softmax_inplace(A* weights, int64_t S, bool count_ties) {
 template <int P, class T>
 VCR_INLINE void add_first_moment(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* e, acc_t<T>* r) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>, together = P > 0 && P % W == 0 ? W : P > 0 && P % 4 == 0 ? 4 : 1;
+  constexpr int W = lanes<A>, J4 = P > 0 && P % 4 == 0 ? 4 : 1, together = P > 0 && P % W == 0 && W % J4 == 0 ? W : J4;
   const int64_t p = P > 0 ? P : p_;
   for (int64_t j0 = 0; j0 < p; j0 += together) {
-    vec<A> acc[W] = {};
-    const T* from = y.data + j0 * y.row + begin;
-    for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
-      const vec<A> w = load(e + i);
-      unroll<together>([&](auto J) { acc[J] = fma(load_some<whole()>(from + J * y.row + i, some) - splat(mu[j0 + J]), w, acc[J]); });
-    });
+    vec<A> sums[together];
+    for (int g = 0; g < together; g += J4) {  // eight chains and four means fit into registers
+      const T* from = y.data + (j0 + g) * y.row + begin;
+      vec<A> acc[J4][2] = {}, m[J4];
+      unroll<J4>([&](auto J) { m[J] = splat(mu[j0 + g + J]); });
+      int64_t i = 0;
+      for (; i + 2 * W <= count; i += 2 * W) {
+        const vec<A> w0 = load(e + i), w1 = load(e + i + W);
+        unroll<J4>([&](auto J) {
+          acc[J][0] = fma(load(from + J * y.row + i) - m[J], w0, acc[J][0]);
+          acc[J][1] = fma(load(from + J * y.row + i + W) - m[J], w1, acc[J][1]);
+        });
+      }
+      for_vectors<A>(count - i, [&](int64_t at, auto whole, int some) {
+        const vec<A> w = load(e + i + at);
+        unroll<J4>([&](auto J) { acc[J][0] = fma(load_some<whole()>(from + J * y.row + i + at, some) - m[J], w, acc[J][0]); });
+      });
+      unroll<J4>([&](auto J) { sums[g + J] = acc[J][0] + acc[J][1]; });
+    }
     if constexpr (together == W) {
-      alignas(VCR_VECTOR_BYTES) A sums[W];
-      store(sums, sum_rows<A>(acc));
-      for (int j = 0; j < together; ++j) r[j0 + j] += sums[j];
+      store(r + j0, load(r + j0) + sum_rows<A>(sums));
     } else {
-      for (int j = 0; j < together; ++j) r[j0 + j] += hsum<A>(acc[j]);
+      for (int j = 0; j < together; ++j) r[j0 + j] += hsum<A>(sums[j]);
     }
   }
+}
+
+// r = the weighted mean of yhat and nothing else, block by block while it is in L1; v: the scores in units of log2. scratch: attend_block.
+// What stands behind a large tile is read next: it is prefetched while the exponentials keep the core busy.
+constexpr int64_t attend_block = 64 * lanes<float>;
+constexpr int64_t prefetched_tile = 16384;  // bytes
+
+template <int P, class T>
+void attend_tile(Tile<T> y, int64_t S, int64_t p, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* scratch, acc_t<T>* r) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  const T* next = p * S * int64_t(sizeof(T)) >= prefetched_tile ? y.data + p * y.row : nullptr;
+  A *e = scratch, top = 0, sum = 0;
+  for (int64_t j = 0; j < p; ++j) r[j] = 0;
+  for (int64_t i = 0; i < S; i += attend_block) {
+    const int64_t count = min(attend_block, S - i), padded = round_up(count, W);
+    logits<P>(y, i, count, p, mu, v, e);
+    vec<A> high = load(e);
+    for (int64_t k = W; k < padded; k += W) high = maximum<A>(high, load(e + k));
+    const A highest = hmax<A>(high);
+    if (i == 0) {
+      top = highest;
+    } else if (highest > top + A(softmax_slack)) {
+      const A factor = power_of_two(splat(top - highest))[0];
+      for (int64_t j = 0; j < p; ++j) r[j] *= factor;
+      sum *= factor;
+      top = highest;
+    }
+    const vec<A> t = splat(top);
+    vec<A> s[4] = {};
+    int64_t k = 0;
+    const auto weigh = [&](auto vectors) {
+      unroll<vectors()>([&](auto K) {
+        const vec<A> x = power_of_two(load(e + k + K * W) - t);
+        store(e + k + K * W, x);
+        s[K] += x;
+      });
+      if (next != nullptr)
+        for (int64_t line = 64 / sizeof(T), j = (i + k) * p; j < (i + k + vectors() * W) * p; j += line) prefetch_second_level(next + j);
+      k += vectors() * W;
+    };
+    while (k + 4 * W <= padded) weigh(std::integral_constant<int, 4>{});
+    while (k < padded) weigh(std::integral_constant<int, 1>{});
+    sum += hsum<A>((s[0] + s[1]) + (s[2] + s[3]));
+    add_first_moment<P>(y, i, count, p, mu, e, r);
+  }
+  const A inverse = A(1) / sum;
+  for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
 }
 
 // Small p: the symmetric p x p second moment costs fewer multiply-adds than projecting to pt first.
@@ -313,7 +388,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   A* moment = w + p * pt;
   A* G = moment + p * max(p, pt);
   if (R == nullptr) {
-    for (int64_t i = 0; i < S; i += sample_block) add_first_moment<P>(y, i, min(sample_block, S - i), p, a.mu, e + i, r);
+    for (int64_t i = 0; i < S; i += moment_block<A>) add_first_moment<P>(y, i, min(moment_block<A>, S - i), p, a.mu, e + i, r);
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     return softmax;
   }
@@ -321,7 +396,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
     for (int64_t k = 0; k < pt; ++k) w[j * pt + k] = a.s[j] * value[j * pt + k];
   if constexpr (full_covariance<P>) {
     for (int64_t j = 0; j < P * P; ++j) moment[j] = 0;
-    for (int64_t i = 0; i < S; i += sample_block) add_second_moment<P>(y, i, min(sample_block, S - i), a.mu, e + i, r, moment);
+    for (int64_t i = 0; i < S; i += moment_block<A>) add_second_moment<P>(y, i, min(moment_block<A>, S - i), a.mu, e + i, r, moment);
     for (int64_t j = 0; j < P; ++j) r[j] *= inverse;
     for (int j = 0; j < P; ++j)
       for (int l = j; l < P; ++l) {
@@ -337,11 +412,11 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
   } else {
     for (int64_t j = 0; j < p * pt; ++j) moment[j] = 0;
     for (int64_t k = 0; k < pt; ++k) G[k] = 0;
-    for (int64_t i = 0; i < S; i += sample_block) {
+    for (int64_t i = 0; i < S; i += moment_block<A>) {
       if constexpr (states_in_lanes<A, P, PT>)
-        add_moment_by_states<P, PT>(y, i, min(sample_block, S - i), a.mu, w, e + i, projected, G, r, moment);
+        add_moment_by_states<P, PT>(y, i, min(moment_block<A>, S - i), a.mu, w, e + i, projected, G, r, moment);
       else
-        add_projected_moment<P, PT>(y, i, min(sample_block, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+        add_projected_moment<P, PT>(y, i, min(moment_block<A>, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
     }
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     for (int64_t j = 0; j < p; ++j)

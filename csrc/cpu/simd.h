@@ -206,6 +206,7 @@ VCR_INLINE void finish_stream() {
 #endif
 }
 VCR_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+VCR_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 VCR_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // All lanes below `count` as they are, the others 0.
@@ -242,6 +243,20 @@ VCR_INLINE vec<A> where_active(vec<A> pre, vec<A> x) {
   return pre <= zeros<A>() ? zeros<A>() : x;
 }
 
+// Whether a > b in any lane; NaN is never greater.
+template <class A>
+VCR_INLINE bool any_greater(vec<A> a, vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#endif
+  const mask_t<A> greater = a > b;
+  auto any = greater[0];
+  for (int i = 1; i < lanes<A>; ++i) any |= greater[i];
+  return any != 0;
+}
+
 // ---- shuffles
 
 template <int... I, class V>
@@ -271,17 +286,19 @@ VCR_INLINE A hmax(vec<A> x) {
     return hmax<A, step / 2>(maximum<A>(x, rotate<A, step>(x)));
 }
 
-// Which source lane the four kinds of pairwise shuffle take, in terms of 128-bit lanes of four floats.
+// Which source lane the kinds of pairwise shuffle take, in terms of 128-bit lanes of four floats.
 template <int kind, int W>
 constexpr int pair_index(int i) {
   const int lane = i / 4, k = i % 4;
   switch (kind) {
-    case 0: return 4 * lane + k / 2 + (k % 2) * W;                           // low halves, interleaved by element
-    case 1: return 4 * lane + 2 + k / 2 + (k % 2) * W;                       // high halves, likewise
-    case 2: return 4 * lane + k % 2 + (k / 2) * W;                           // low pairs
-    case 3: return 4 * lane + 2 + k % 2 + (k / 2) * W;                       // high pairs
-    case 4: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4)) + k;       // even 128-bit lanes of a, then of b
-    default: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4) + 1) + k;  // odd ones
+    case 0: return 4 * lane + k / 2 + (k % 2) * W;                          // low halves, interleaved by element
+    case 1: return 4 * lane + 2 + k / 2 + (k % 2) * W;                      // high halves, likewise
+    case 2: return 4 * lane + k % 2 + (k / 2) * W;                          // low pairs
+    case 3: return 4 * lane + 2 + k % 2 + (k / 2) * W;                      // high pairs
+    case 4: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4)) + k;      // even 128-bit lanes of a, then of b
+    case 5: return (i < W / 2 ? 0 : W) + 4 * (2 * lane % (W / 4) + 1) + k;  // odd ones
+    case 6: return (lane % 2 * W) + 4 * (lane / 2 * 2) + k;                 // even 128-bit lanes, a's and b's in turn
+    default: return (lane % 2 * W) + 4 * (lane / 2 * 2 + 1) + k;            // odd ones
   }
 }
 template <int kind, int... I>
@@ -318,14 +335,38 @@ VCR_INLINE vec<float> broadcast_in_quads(vec<float> x) {
   return broadcast_in_quads_impl<k>(x, std::make_integer_sequence<int, lanes<float>>{});
 }
 
+// The same of doubles, for sums over lanes: even and odd lanes, then even and odd pairs, then even and odd fours of a, b in turn.
+template <int kind, int W>
+constexpr int double_index(int i) {
+  constexpr int size = 1 << (kind / 2);  // of what is taken whole
+  const int from = i / size % 2, group = i / (2 * size), k = i % size;
+  return from * W + (2 * group + kind % 2) * size + k;
+}
+template <int kind, int... I>
+VCR_INLINE vec<double> pair_doubles_impl(vec<double> a, vec<double> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, double_index<kind, lanes<double>>(I)...);
+}
+template <int kind>
+VCR_INLINE vec<double> pair_doubles(vec<double> a, vec<double> b) {
+  return pair_doubles_impl<kind>(a, b, std::make_integer_sequence<int, lanes<double>>{});
+}
+
 // Lane i of the result is the sum of rows[i]; lanes<A> rows.
 template <class A>
 VCR_INLINE vec<A> sum_rows(const vec<A>* rows) {
   constexpr int W = lanes<A>;
   if constexpr (sizeof(A) == 8) {
-    vec<A> out = zeros<A>();
-    for (int i = 0; i < W; ++i) out[i] = hsum<A>(rows[i]);
-    return out;
+    vec<A> half[W / 2];
+    for (int i = 0; i < W / 2; ++i) half[i] = pair_doubles<0>(rows[2 * i], rows[2 * i + 1]) + pair_doubles<1>(rows[2 * i], rows[2 * i + 1]);
+    if constexpr (W == 2) {
+      return half[0];
+    } else if constexpr (W == 4) {
+      return pair_doubles<2>(half[0], half[1]) + pair_doubles<3>(half[0], half[1]);
+    } else {
+      const vec<A> x = pair_doubles<2>(half[0], half[1]) + pair_doubles<3>(half[0], half[1]);
+      const vec<A> y = pair_doubles<2>(half[2], half[3]) + pair_doubles<3>(half[2], half[3]);
+      return pair_doubles<4>(x, y) + pair_doubles<5>(x, y);
+    }
   } else {
     vec<A> half[W / 2], quarter[W / 4];
     for (int i = 0; i < W / 2; ++i) half[i] = pair<0>(rows[2 * i], rows[2 * i + 1]) + pair<1>(rows[2 * i], rows[2 * i + 1]);
@@ -340,6 +381,29 @@ VCR_INLINE vec<A> sum_rows(const vec<A>* rows) {
       return pair<4>(x, y) + pair<5>(x, y);
     }
   }
+}
+
+// Lane G l + i of the result is the sum of the lanes G l .. G l + G - 1 of rows[i]; G rows.
+template <int G>
+VCR_INLINE vec<float> sum_within(const vec<float>* rows) {
+  if constexpr (G == 4) {
+    return sum_within_quads(rows);
+  } else if constexpr (G == lanes<float>) {
+    return sum_rows<float>(rows);
+  } else {
+    static_assert(G == 8);
+    const vec<float> x = sum_within_quads(rows), y = sum_within_quads(rows + 4);
+    return pair<6>(x, y) + pair<7>(x, y);
+  }
+}
+template <int G, int k, int... I>
+VCR_INLINE vec<float> broadcast_within_impl(vec<float> x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I / G * G + k)...);
+}
+// Lane k of each G lanes, in all of them.
+template <int G, int k>
+VCR_INLINE vec<float> broadcast_within(vec<float> x) {
+  return broadcast_within_impl<G, k>(x, std::make_integer_sequence<int, lanes<float>>{});
 }
 
 // rows[i][j] <-> rows[j][i], lanes<float> rows.
@@ -374,13 +438,13 @@ VCR_INLINE void transpose(vec<float>* rows) {
 // ---- exp(x) for x <= 0 and tanh(x); NaN stays NaN
 
 VCR_INLINE vec<float> exp_nonpositive(vec<float> x) {
-  using bits_t = mask_t<float>;
-  const vec<float> lowest = splat(-87.3f);  // below, exp(x) is subnormal: 0
-  const vec<float> y = maximum<float>(x, lowest);
-  const vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vec<float> shifted = fma(y, splat(1.44269504088896341f), magic);
+  using bits_t = vector_of<float>::bits;
+  const vec<float> lowest = splat(-87.3f);  // below, exp(x) is subnormal: 0, whatever comes out of the rest
+  // 1.5 * 2^23 + 127: adding it rounds to an integer n, and n + 127, the exponent of 2^n, stands in the low bits
+  const vec<float> magic = splat(12583039.f);
+  const vec<float> shifted = fma(x, splat(1.44269504088896341f), magic);
   const vec<float> n = shifted - magic;
-  vec<float> f = fma(n, splat(-0.693359375f), y);
+  vec<float> f = fma(n, splat(-0.693359375f), x);
   f = fma(n, splat(2.12194440e-4f), f);
   vec<float> q = splat(1.9875691500e-4f);
   q = fma(q, f, splat(1.3981999507e-3f));
@@ -389,12 +453,30 @@ VCR_INLINE vec<float> exp_nonpositive(vec<float> x) {
   q = fma(q, f, splat(1.6666665459e-1f));
   q = fma(q, f, splat(5.0000001201e-1f));
   q = fma(q, f * f, f + 1.f);
-  const bits_t power = (((bits_t)shifted - (bits_t)magic) + 127) << 23;
-  const vec<float> result = q * (vec<float>)power;
+  const vec<float> result = q * (vec<float>)((bits_t)shifted << 23);
   return x < lowest ? zeros<float>() : result;
 }
 VCR_INLINE vec<double> exp_nonpositive(vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+// 2^x for x < 127, with fewer steps than exp; the relative error is below 2e-7. Below 2^-126: 0. NaN stays NaN.
+VCR_INLINE vec<float> power_of_two(vec<float> x) {
+  using bits_t = vector_of<float>::bits;
+  const vec<float> y = maximum<float>(x, splat(-127.f));  // whose exponent is that of 0
+  const vec<float> magic = splat(12583039.f);             // see exp_nonpositive
+  const vec<float> shifted = y + magic;
+  const vec<float> f = y - (shifted - magic);
+  vec<float> q = splat(1.3264727e-3f);  // the polynomial with the smallest relative error that is 1 at 0
+  q = fma(q, f, splat(9.6715126e-3f));
+  q = fma(q, f, splat(5.5507337e-2f));
+  q = fma(q, f, splat(2.4022242e-1f));
+  q = fma(q, f, splat(6.9314698e-1f));
+  q = fma(q, f, splat(1.f));
+  return q * (vec<float>)((bits_t)shifted << 23);
+}
+VCR_INLINE vec<double> power_of_two(vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
 VCR_INLINE vec<float> tanh(vec<float> x) {

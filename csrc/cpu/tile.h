@@ -61,6 +61,10 @@ void scatter(const A* from, int64_t row, int64_t positions, int64_t channels, T*
     for (int64_t j = 0; j < channels; ++j) to[i * stride + j] = narrow<T>(from[j * row + i]);
 }
 
+// Widths whose channels_last maps the float kernels take as they lie: a concept's channels are a vector's lanes, or some whole vectors.
+template <class A, int P>
+inline constexpr bool natural_channels_last = sizeof(A) == 4 && (P == 4 || P == 8 || P == 16 || P == 32);
+
 // Concepts whose channels are gathered together, so that every line of a channels_last row is used whole.
 VCR_INLINE int64_t concepts_per_gather(const Problem& pr) { return min(pr.C, max(1, 64 / int64_t(sizeof(float)) / pr.p)); }
 

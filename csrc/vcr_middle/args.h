@@ -39,9 +39,9 @@ template <class A>
 struct MiddleSaved {
   A *mu, *rstd, *s;            // [C p]; unused without a batch norm, where every image is centred on its own mean
   A *m, *u, *r, *abar, *bbar;  // [N, C p]: mean of yhat, score vector, centred weighted mean, modulation without its biases
-  A *q, *h, *xhat, *state;     // [N, C, pt]
+  A *q, *h, *g, *state;        // [N, C, pt]
   Softmax<A>* softmax;         // [N, C]
-  A *state_rstd, *state_mean;  // [pt]
+  A* state_norm;               // [2 pt]
   A* edges;                    // [N, C, C] tanh(H We)
   A* R;                        // [N, C p, pt]
 
@@ -51,7 +51,8 @@ struct MiddleSaved {
     if (training) n += pr.N * pr.C * pr.C + pr.N * CP * pr.pt;
     return n;
   }
-  MiddleSaved(const Problem& pr, A* at) {
+  // Inlined for sure: a copy that the linker shared between levels might be one that this machine can't run.
+  __attribute__((always_inline)) MiddleSaved(const Problem& pr, A* at) {
     const int64_t CP = pr.channels(), K = pr.N * pr.C * pr.pt;
     const auto take = [&at](int64_t count) {
       A* here = at;
@@ -60,9 +61,9 @@ struct MiddleSaved {
     };
     mu = take(CP), rstd = take(CP), s = take(CP);
     m = take(pr.N * CP), u = take(pr.N * CP), r = take(pr.N * CP), abar = take(pr.N * CP), bbar = take(pr.N * CP);
-    q = take(K), h = take(K), xhat = take(K), state = take(K);
+    q = take(K), h = take(K), g = take(K), state = take(K);
     softmax = reinterpret_cast<Softmax<A>*>(take(3 * pr.N * pr.C));
-    state_rstd = take(pr.pt), state_mean = take(pr.pt);
+    state_norm = take(2 * pr.pt);
     edges = take(pr.N * pr.C * pr.C);
     R = at;
   }

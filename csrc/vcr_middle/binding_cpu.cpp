@@ -1,4 +1,6 @@
 // torch.ops.vcr_ops.vcr_middle and its backward: schemas and CPU kernels.
+#include <memory>
+
 #include "../binding/unpack.h"
 #include "../cpu/isa.h"
 #include "args.h"
@@ -90,19 +92,20 @@ Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalT
       f.params.state_var = get(state_var, pr.pt, "state_var");
     }
     Tensor out = new_map(map.tensor(), map.shape());
-    Tensor saved = new_small<A>({MiddleSaved<A>::size(pr, save)});
+    const int64_t size = MiddleSaved<A>::size(pr, save);
+    Tensor saved = new_small<A>({save ? size : 0});
+    const std::unique_ptr<A[]> unsaved(save ? nullptr : new A[size_t(size)]);  // of no use to a caller: spares a tensor
     const int64_t channels = batch ? pr.channels() : 0, states = f.options.state_batch ? pr.pt : 0;
     Tensor mean = new_small<A>({channels}), variance = new_small<A>({channels});
     Tensor batch_state_mean = new_small<A>({states}), batch_state_var = new_small<A>({states});
     f.y = map.template map<T>();
     f.out = output_map<T>(out);
-    f.saved = data<A>(saved);
+    f.saved = save ? data<A>(saved) : unsaved.get();
     f.norm_mean = data<A>(mean), f.norm_var = data<A>(variance);
     f.state_mean = data<A>(batch_state_mean), f.state_var = data<A>(batch_state_var);
     f.pool = torch_pool();
     f.clock = pass_clock();
     kernels<T>().middle_forward(f);
-    if (!save) saved = new_small<A>({0});
     return {out, mean, variance, batch_state_mean, batch_state_var, saved};
   });
 }

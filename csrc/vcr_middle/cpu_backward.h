@@ -59,8 +59,8 @@ struct MiddleBackwardCpu {
   void recompute_coefficients(int64_t n, int64_t c) const {
     const int64_t at = n * CP + c * pr.p;
     const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
-    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p,
-                             pr.N * CP, coefficients + at);
+    modulate_coefficients<P>(pr.p, pixel, a, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
+                             coefficients + at);
     for (int64_t j = 0; j < pr.p; ++j) v[at + j] = a.s[j] * saved.u[at + j];
   }
 
@@ -90,7 +90,7 @@ struct MiddleBackwardCpu {
         const int64_t n = i / pr.C, first = i % pr.C * pr.p, at = n * CP;
         const ModulateArgs<A> m = modulate_args(n, 0);
         int64_t j = first;
-        if (pr.S <= short_row && pr.p % W == 0)
+        if (pr.S <= short_row<A> && pr.p % W == 0)
           for (; j < first + pr.p; j += W)
             backward_sums_short_rows(f.y.at(n, j, 0), f.y.channel, f.grad_out.at(n, j, 0), f.grad_out.channel, pr.S, m.mu + j, m.A0 + j,
                                      m.B0 + j, E0 + at + j, E1 + at + j);
@@ -115,7 +115,7 @@ struct MiddleBackwardCpu {
     double *e0 = totals, *e1 = e0 + stride, *f0 = e1 + stride, *f1 = f0 + stride, *k1 = f1 + stride, *top_mean = k1 + stride,
            *k0 = top_mean + stride;
     for (int64_t j = 0; j < 7 * stride; ++j) totals[j] = 0;
-    for (int64_t begin = 0, step = block_of(f.y); begin < pr.S; begin += step) {
+    for (int64_t begin = 0, step = sizeof(A) == 4 ? block_of(f.y) : moment_block<A>; begin < pr.S; begin += step) {
       const int64_t count = min(step, pr.S - begin);
       for_block(n, c0, c1, begin, count, buffer, [&](int64_t c, auto y, auto d) {
         const int64_t at = (c - c0) * pr.p;
@@ -183,8 +183,10 @@ struct MiddleBackwardCpu {
   }
 
   void reasoner_gradients() const {
-    normalise_states_backward(NC, pr.pt, o.state_batch, saved.xhat, saved.state_rstd, w.state_weight, dstate, f.grads.state_weight,
-                              f.grads.state_bias);
+    Scratch<double> memory(2 * pr.pt);
+    const StateNorm norm{memory.get(), memory.get() + pr.pt};
+    saved_state_norm(NC, pr.pt, o.state_batch, saved.g, saved.state_norm, norm);
+    normalise_states_backward(NC, pr.pt, o.state_batch, saved.g, norm, w.state_weight, dstate, f.grads.state_weight, f.grads.state_bias);
     Scratch<A> partial(o.edges == Edges::dynamic_edges ? NC * pr.pt : 0);
     reasoner_edges_backward(f.pool, pr.N, pr.C, pr.pt, o.edges, saved.h, w.edge, saved.edges, dstate, dh, f.grads.edge, partial.get());
   }

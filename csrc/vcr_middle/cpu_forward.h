@@ -17,14 +17,17 @@ struct MiddleForwardCpu {
   const MiddleParams<A>& w;
   MiddleSaved<A> saved;
   Scratch<A> constants, coefficients;
+  Scratch<double> state_memory;
+  const StateNorm state_norm;
   NormView<A> view;
   const int64_t CP, NC, groups, per_group;
-  const bool pixel;
+  const bool pixel, natural;
 
   explicit MiddleForwardCpu(const MiddleForward<T>& args)
       : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
-        coefficients(4 * pr.N * pr.channels()), CP(pr.channels()), NC(pr.N * pr.C), groups(concept_groups(pr)),
-        per_group(concepts_per_gather(pr)), pixel(o.modulation == Modulation::pixel) {
+        coefficients(4 * pr.N * pr.channels()), state_memory(2 * pr.pt), state_norm{state_memory.get(), state_memory.get() + pr.pt},
+        CP(pr.channels()), NC(pr.N * pr.C), groups(concept_groups(pr)), per_group(concepts_per_gather(pr)),
+        pixel(o.modulation == Modulation::pixel), natural(samples_naturally()) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
   }
 
@@ -32,45 +35,50 @@ struct MiddleForwardCpu {
     if (f.clock != nullptr) f.clock(pass);
   }
 
-  // Pass 1: of every (image, channel) the mean less the channel's pivot, and the centred sum of squares.
-  void channel_stats(const A* pivot, A* squares) const {
+  // Pass 1: of every (image, channel) the sum, and the centred sum of squares.
+  void channel_stats(Total* totals, double* squares) const {
     if (f.y.layout() == Layout::contiguous) {
       for_each(f.pool, NC, [&](int64_t i) {
         const int64_t n = i / pr.C, j = i % pr.C * pr.p, at = n * CP + j;
-        rows_stats(f.y.at(n, j, 0), f.y.channel, pr.p, pr.S, pivot + j, saved.m + at, squares + at);
+        rows_stats(f.y.at(n, j, 0), f.y.channel, pr.p, pr.S, totals + at, squares + at);
       });
     } else {
       const int64_t width = 256, chunks = (CP + width - 1) / width;  // never by the number of threads
       for_each(f.pool, pr.N * chunks, [&](int64_t i) {
         const int64_t n = i / chunks, j = i % chunks * width, at = n * CP + j;
-        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), pivot + j, saved.m + at, squares + at);
+        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), totals + at, squares + at);
       });
     }
   }
 
-  // Images are merged in order, in double: Chan's formula. saved.m becomes the mean of yhat = y - mu.
-  void merge_stats(const A* pivot, const A* squares) const {
-    const double count = double(pr.N) * double(pr.S);
-    Scratch<double> sums(2 * CP);
-    double *mean = sums.get(), *m2 = mean + CP;
-    fill_zero(mean, 2 * CP);
-    for (int64_t n = 0; n < pr.N; ++n)
-      for (int64_t j = 0; j < CP; ++j) mean[j] += double(saved.m[n * CP + j]);
-    for (int64_t j = 0; j < CP; ++j) mean[j] /= double(pr.N);
-    for (int64_t n = 0; n < pr.N; ++n)
-      for (int64_t j = 0; j < CP; ++j) {
-        const double d = double(saved.m[n * CP + j]) - mean[j];
-        m2[j] += double(squares[n * CP + j]) + double(pr.S) * d * d;
+  // Images are merged in order, in double: Chan's formula. saved.m becomes the mean of yhat = y - mu, with mu as it is rounded.
+  void merge_stats(const Total* totals, const double* squares) const {
+    const double size = double(pr.S), count = double(pr.N) * size;
+    for_each(f.pool, (CP + 127) / 128, [&](int64_t chunk) {
+      const int64_t first = chunk * 128, end = min(CP, first + 128);
+      Total sums[128];
+      double off[128], m2[128];  // of the batch's mean from mu
+      for (int64_t n = 0; n < pr.N; ++n)
+        for (int64_t j = first; j < end; ++j) add<A>(sums[j - first], totals[n * CP + j]);
+      for (int64_t j = first; j < end; ++j) {
+        const Total& sum = sums[j - first];
+        saved.mu[j] = A((sum.sum + sum.error) / count);
+        off[j - first] = mean_less<A>(sum, count, double(saved.mu[j]));
+        m2[j - first] = 0;
       }
-    for (int64_t j = 0; j < CP; ++j) {
-      saved.mu[j] = A(double(pivot[j]) + mean[j]);
-      saved.rstd[j] = count > 0 ? A(1.0 / __builtin_sqrt(m2[j] / count + o.norm_eps)) : A(0);  // no image: gradients of 0, not NaN
-      f.norm_mean[j] = saved.mu[j];
-      f.norm_var[j] = A(m2[j] / (count - 1));
-      mean[j] = double(pivot[j]) - double(saved.mu[j]);  // from the pivot to mu as it was rounded
-    }
-    for (int64_t n = 0; n < pr.N; ++n)
-      for (int64_t j = 0; j < CP; ++j) saved.m[n * CP + j] = A(double(saved.m[n * CP + j]) + mean[j]);
+      for (int64_t n = 0; n < pr.N; ++n)
+        for (int64_t j = first; j < end; ++j) {
+          const double m = mean_less<A>(totals[n * CP + j], size, double(saved.mu[j])), d = m - off[j - first];
+          saved.m[n * CP + j] = A(m);
+          m2[j - first] += squares[n * CP + j] + size * d * d;
+        }
+      for (int64_t j = first; j < end; ++j) {
+        const double sum = m2[j - first];
+        saved.rstd[j] = count > 0 ? A(1.0 / __builtin_sqrt(sum / count + o.norm_eps)) : A(0);  // no image: gradients of 0, not NaN
+        f.norm_mean[j] = saved.mu[j];
+        f.norm_var[j] = A(sum / (count - 1));
+      }
+    });
   }
   void given_stats() const {
     for (int64_t j = 0; j < CP; ++j) {
@@ -86,55 +94,51 @@ struct MiddleForwardCpu {
   void sample(int64_t n, int64_t c0, int64_t c1, A* buffer, A* scratch) const {
     const SampleWeights<A> weights{w.value, w.query, w.key, w.logit};
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, o.save ? saved.R : nullptr};
+    if constexpr (natural_channels_last<A, P>)
+      if (natural) return sample_natural<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, f.y, n, c0, c1, scratch);
+    const Keep keep = !pixel && !o.save ? Keep::nothing : pixel && o.save ? Keep::ties : Keep::softmax;
     visit_tiles(pr, f.y, n, c0, c1, buffer, [&](int64_t c, auto tile) {
-      sample_concept<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, pixel && o.save, n, c, tile,
-                            static_cast<A*>(nullptr), scratch);
+      sample_concept<P, PT>(pr, o.sampler, view, weights, state, o.norm != Norm::batch, keep, n, c, tile, static_cast<A*>(nullptr),
+                            scratch);
     });
   }
-  int64_t sample_memory() const { return sample_concept_scratch(pr); }
-
-  // The batch norm of states when its statistics are given: one image at a time.
-  void given_state_stats() const {
-    for (int64_t k = 0; k < pr.pt; ++k) {
-      saved.state_mean[k] = w.state_mean[k];
-      saved.state_rstd[k] = A(1.0 / __builtin_sqrt(double(w.state_var[k]) + o.state_eps));
-    }
+  int64_t sample_memory(int64_t concepts) const {
+    if constexpr (natural_channels_last<A, P>)
+      if (natural) return sample_natural_scratch<P>(concepts);
+    return sample_concept_scratch(pr);
   }
+  int64_t sample_buffer() const { return natural ? 0 : visit_scratch(pr, f.y); }
+  // Whether the map is sampled as it lies. Pixel modulation computes the logits anew and takes the order of sums that tiles have.
+  bool samples_naturally() const {
+    if constexpr (natural_channels_last<A, P>)
+      return f.y.layout() == Layout::channels_last && !o.save && !pixel && NaturalAttention<P>::fits(CP);
+    return false;
+  }
+
   // G of image n; its edges are kept for the backward pass, or else in `edges`.
   void reason(int64_t n, A* scratch, A* edges) const {
     const int64_t states = n * pr.C * pr.pt;
-    reason_image(pr.C, pr.pt, o.edges, saved.h + states, w.edge, o.save ? saved.edges + n * pr.C * pr.C : edges, saved.xhat + states,
-                 scratch);
+    reason_image(pr.C, pr.pt, o.edges, saved.h + states, w.edge, o.save ? saved.edges + n * pr.C * pr.C : edges, saved.g + states, scratch);
   }
   // From G to the modulator's coefficients of image n.
   void finish_states(int64_t n) const {
-    A* g = saved.xhat + n * pr.C * pr.pt;
-    normalise_states(pr.C, pr.pt, g, saved.state_mean, saved.state_rstd, w.state_weight, w.state_bias, g, saved.state + n * pr.C * pr.pt);
+    const int64_t states = n * pr.C * pr.pt;
+    normalise_states(pr.C, pr.pt, saved.g + states, state_norm, w.state_weight, w.state_bias, saved.state + states);
     for (int64_t c = 0; c < pr.C; ++c) modulation(n, c);
   }
-  void batch_state_stats() const {
-    state_statistics(NC, pr.pt, saved.xhat, saved.state_mean, saved.state_rstd);
-    for (int64_t k = 0; k < pr.pt; ++k) {
-      const double variance = double(saved.state_rstd[k]);
-      f.state_mean[k] = saved.state_mean[k];
-      f.state_var[k] = A(variance * double(NC) / double(NC - 1));
-      saved.state_rstd[k] = A(1.0 / __builtin_sqrt(variance + o.state_eps));
-    }
-  }
-
   void modulation(int64_t n, int64_t c) const {
     const int64_t at = n * CP + c * pr.p, weights = c * pr.p * pr.pt;
     const A* state = saved.state + (n * pr.C + c) * pr.pt;
     project_state<P, PT>(pr, state, offset(w.scale_weight, weights), saved.abar + at);
     project_state<P, PT>(pr, state, offset(w.shift_weight, weights), saved.bbar + at);
     const SampleArgs<A> a = view.concept_args(pr, n, c, nullptr);
-    modulate_coefficients<P>(pr.p, pixel, a.s, a.b, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p,
-                             pr.N * CP, coefficients.get() + at);
+    modulate_coefficients<P>(pr.p, pixel, a, saved.abar + at, saved.bbar + at, w.scale_bias + c * pr.p, w.shift_bias + c * pr.p, pr.N * CP,
+                             coefficients.get() + at);
   }
   ModulateArgs<A> modulate_args(int64_t n, int64_t c) const {
     const A* at = coefficients.get() + n * CP + c * pr.p;
     const int64_t stride = pr.N * CP;
-    return {view.mu + n * view.image_stride + c * pr.p, at, at + stride, at + 2 * stride, at + 3 * stride};
+    return {pixel ? view.mu + n * view.image_stride + c * pr.p : at + 2 * stride, at, at + stride, at + 2 * stride, at + 3 * stride};
   }
 
   // Pass 3, channel modulation: rows [begin, end) of the contiguous image, or positions of the channels_last one.
@@ -196,23 +200,21 @@ struct MiddleForwardCpu {
   }
 
   void sample_all() const {
-    for_ranges(f.pool, pr.N * groups, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(sample_memory()), buffer(visit_scratch(pr, f.y));
+    const int64_t size = natural ? max(1, 64 / pr.p) : per_group, units = (pr.C + size - 1) / size;
+    for_ranges(f.pool, pr.N * units, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(sample_memory(size)), buffer(sample_buffer());
       for (int64_t i = begin; i < end; ++i)
-        sample(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), buffer.get(), scratch.get());
+        sample(i / units, i % units * size, min(pr.C, (i % units + 1) * size), buffer.get(), scratch.get());
     });
   }
 
   // Every pass over the whole batch before the next: the batch's statistics, or the states', are a barrier.
   void run_in_passes() const {
     if (o.norm == Norm::batch) {
-      Scratch<A> squares(pr.N * CP), pivot(CP);
-      for (int64_t j = 0; j < CP; ++j) {
-        const A first = pr.N > 0 ? A(widen(*f.y.at(0, j, 0))) : A(0);
-        pivot.get()[j] = first - first == 0 ? first : A(0);  // finite
-      }
-      channel_stats(pivot.get(), squares.get());
-      merge_stats(pivot.get(), squares.get());
+      Scratch<Total> totals(pr.N * CP);
+      Scratch<double> squares(pr.N * CP);
+      channel_stats(totals.get(), squares.get());
+      merge_stats(totals.get(), squares.get());
       scale_channels();
       tick(Pass::channel_stats);
     }
@@ -226,7 +228,7 @@ struct MiddleForwardCpu {
       }
     });
     if (o.state_batch) {
-      batch_state_stats();
+      batch_state_norm(NC, pr.pt, o.state_eps, saved.g, state_norm, f.state_mean, f.state_var, saved.state_norm);
       for_each(f.pool, pr.N, [&](int64_t n) { finish_states(n); });
     }
     tick(Pass::reason);
@@ -237,10 +239,11 @@ struct MiddleForwardCpu {
   // Evaluation with an image for every thread: an image goes through all stages while it is in cache.
   void run_by_image() const {
     for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(max(sample_memory(), max(reason_scratch(pr.C, pr.pt), pixel_memory()))), buffer(visit_scratch(pr, f.y));
+      const int64_t size = natural ? pr.C : per_group;
+      Scratch<A> scratch(max(sample_memory(size), max(reason_scratch(pr.C, pr.pt), pixel_memory()))), buffer(sample_buffer());
       Scratch<A> edges(o.save ? 0 : pr.C * pr.C);
       for (int64_t n = begin; n < end; ++n) {
-        for (int64_t g = 0; g < groups; ++g) sample(n, g * per_group, min(pr.C, (g + 1) * per_group), buffer.get(), scratch.get());
+        for (int64_t c = 0; c < pr.C; c += size) sample(n, c, min(pr.C, c + size), buffer.get(), scratch.get());
         reason(n, scratch.get(), edges.get());
         finish_states(n);
         if (pixel)
@@ -257,7 +260,7 @@ struct MiddleForwardCpu {
       given_stats();
       scale_channels();
     }
-    if (!o.state_batch) given_state_stats();
+    if (!o.state_batch) given_state_norm(pr.pt, o.state_eps, w.state_mean, w.state_var, state_norm, saved.state_norm);
     if (o.norm != Norm::batch && !o.state_batch && pr.N >= 2 * f.pool.threads)
       run_by_image();
     else

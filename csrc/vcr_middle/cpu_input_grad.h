@@ -52,10 +52,10 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
       for (int64_t j = 0; j < p; ++j) {
         const vec<A> mu = splat(m.mu[j]), A0 = splat(m.A0[j]), B0 = splat(m.B0[j]), A1 = splat(m.A1[j]), B1 = splat(m.B1[j]);
         for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
-          const vec<A> x = load_some<whole()>(y.data + j * y.row + i, some) - mu, inner = fma(A1, x, B1);
-          const vec<A> e =
-              where_active<A>(fma(load(attention + i), inner, fma(A0, x, B0)), load_some<whole()>(d.data + j * d.row + i, some));
-          store(k + i, fma(e, inner, load(k + i)));
+          const vec<A> x = load_some<whole()>(y.data + j * y.row + i, some) - mu, M = load(attention + i);
+          const vec<A> pre = pre_activation<A>(M, slope_at<A>(M, A0, A1), x, B0, B1);
+          const vec<A> e = where_active<A>(pre, load_some<whole()>(d.data + j * d.row + i, some));
+          store(k + i, fma(e, fma(A1, x, B1), load(k + i)));
         });
       }
     }
@@ -103,9 +103,9 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
         if constexpr (attend()) z = fma(load(weight + i), dr, fma(load(dlogit + i), v, z));
         if constexpr (modulated) {
           if constexpr (pixel) {
-            const vec<A> M = load(attention + i);
-            const vec<A> e = where_active<A>(fma(M, fma(A1, x, B1), fma(A0, x, B0)), load_some<whole()>(grad + i, some));
-            z = fma(fma(M, A1, A0), e, z);
+            const vec<A> M = load(attention + i), slope = slope_at<A>(M, A0, A1);
+            const vec<A> e = where_active<A>(pre_activation<A>(M, slope, x, B0, B1), load_some<whole()>(grad + i, some));
+            z = fma(slope, e, z);
           } else {
             const vec<A> e = where_active<A>(fma(A0, x, B0), load_some<whole()>(grad + i, some));
             z = fma(A0, e, z);
@@ -129,9 +129,6 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
 }
 // ---- channels_last with the paper's widths: no transposition. Four positions at a time; the dot products over a concept's channels
 // come out of the lanes by a transposed reduction, one exp serves four positions, and a lane's shuffle hands each its own.
-
-template <class A, int P>
-inline constexpr bool natural_channels_last = sizeof(A) == 4 && (P == 4 || P == 8 || P == 16 || P == 32);
 
 // One image; [C p] each, the softmax's numbers repeated for every channel of a concept.
 template <class A>

@@ -97,11 +97,11 @@ class Adapter:
         """The outputs that have gradients: all but statistics."""
         return [name for name in outputs if not name.endswith(("mean", "var"))]
 
-    def leaves(self, inputs: Tensors, case: Case) -> Tensors:
+    def leaves(self, inputs: Tensors, case: Case, device: str = "cpu") -> Tensors:
         """The inputs in the case's types and strides, requiring gradients."""
         leaves = {}
         for name, x in inputs.items():
-            x = x.to(self.dtype_of(name, case))
+            x = x.to(device, self.dtype_of(name, case))
             layout = self.layout_of(name, case)
             x = x.clone() if layout is None or x.dim() < 3 else arrange(x, layout)
             leaves[name] = x.requires_grad_(name not in self.constants)
@@ -116,7 +116,7 @@ class Adapter:
         wanted = [name for name, x in leaves.items() if x.requires_grad]
         grad_outputs = []
         for name in names:
-            gradient = gradients[name].to(outputs[name].dtype)
+            gradient = gradients[name].to(outputs[name].device, outputs[name].dtype)
             grad_outputs.append(arrange(gradient, case.grad_layout) if case.grad_layout else gradient)
         found = torch.autograd.grad(
             [outputs[name] for name in names], [leaves[name] for name in wanted], grad_outputs, allow_unused=True
@@ -138,8 +138,8 @@ class Adapter:
         """Plain PyTorch in the case's types."""
         return self.run(self.reference, self.leaves(inputs, case), gradients, case)
 
-    def our_result(self, inputs: Tensors, gradients: Tensors, case: Case, backend: str) -> Result:
-        return self.run(lambda x, c: self.ours(x, c, backend), self.leaves(inputs, case), gradients, case)
+    def our_result(self, inputs: Tensors, gradients: Tensors, case: Case, backend: str, device: str = "cpu") -> Result:
+        return self.run(lambda x, c: self.ours(x, c, backend), self.leaves(inputs, case, device), gradients, case)
 
     def sensitivity(self, inputs: Tensors, gradients: Tensors, case: Case) -> dict[str, float]:
         """How far each result moves when every input moves by a random 1e-9 of itself; the 2-norm."""
@@ -161,10 +161,12 @@ class Adapter:
         change: Callable[[Result, Tensors, Tensors], None] | None = None,
         *,
         inference: bool = False,
+        device: str = "cpu",
     ) -> Closeness:
         """Draws enough for the tolerance. ``change`` may put a fault into our result.
 
         inference: run ours under no_grad, as kernels of their own may do that; outputs alone are judged.
+        device: where ours runs; plain PyTorch and the reference stay on the CPU.
         """
         label = f"{case.id}-{backend}"
         closeness = Closeness(case.feature_dtype, label)
@@ -174,9 +176,9 @@ class Adapter:
             inputs, gradients = self.draw(case, len(results))
             if inference:
                 with torch.no_grad():
-                    ours = Result(self.ours(self.leaves(inputs, case), case, backend))
+                    ours = Result(self.ours(self.leaves(inputs, case, device), case, backend))
             else:
-                ours = self.our_result(inputs, gradients, case, backend)
+                ours = self.our_result(inputs, gradients, case, backend, device)
             if change is not None:
                 change(ours, inputs, gradients)
             plain, reference = (

@@ -24,7 +24,7 @@ def pivot_of(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(CB, P2): the statistics' origin: ``center`` (C*p), else the first value, if it is finite; 0 where not CENTERED."""
+    """(CB, P2): the statistics' origin: ``center`` (C*p), else the first value, if finite; 0 where not CENTERED."""
     if not CENTERED:
         return tl.zeros((c.shape[0], j.shape[0]), ACC)
     elif center is None:
@@ -96,7 +96,8 @@ def channel_stats(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid (rows of ``partial``, concept blocks). ``means`` (N, C*p) gets the images' means less the pivot (SPLITS == 1)."""
+    """Grid (rows of ``partial``, concept blocks). SPLITS == 1: ``means`` (N, C*p) gets the images' means less the
+    pivot."""
     row = tl.program_id(0)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     j = tl.arange(0, P2)

@@ -1,4 +1,4 @@
-"""From torch's tensors to what the kernels take: a map with its strides, sizes as powers of two, the accumulation type."""
+"""From torch's tensors to what the kernels take: a map with its strides, sizes as powers of two, the sums' type."""
 
 from typing import NamedTuple
 

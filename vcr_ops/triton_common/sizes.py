@@ -68,4 +68,4 @@ def splits_of(found: dict[str, int], S: int) -> int:
 
 def rows_at_once(width: int, rows: int) -> int:
     """How many rows of small numbers a prologue loads at a time."""
-    return max(1, min(power_of_two(rows), SMALL_TILE // width))
+    return max(1, min(power_of_two(max(rows, 1)), SMALL_TILE // width))

@@ -130,12 +130,12 @@ class Caller {
     f.state = out("state", s.states());
     const int64_t square = s.N * s.C * s.C;
     A* saved = memory.array<A>("saved", s.states() + square + 2 * s.pt);
-    f.xhat = saved, f.a = saved + s.states(), f.rstd = f.a + square;
+    f.g = saved, f.a = saved + s.states(), f.norm = f.a + square;
     f.pool = how.pool;
     ReasonBackward<A> b;
     b.N = f.N, b.C = f.C, b.pt = f.pt, b.edges = f.edges, b.batch = f.batch;
     b.dstate = in("dstate"), b.h = f.h, b.edge = f.edge, b.weight = f.weight, b.bias = f.bias;
-    b.xhat = f.xhat, b.a = f.a, b.rstd = f.rstd;
+    b.g = f.g, b.a = f.a, b.norm = f.norm;
     b.dh = out("dh", s.states()), b.dedge = grad("edge"), b.dweight = grad("weight", s.pt), b.dbias = grad("bias", s.pt);
     b.pool = how.pool;
     memory.poison();

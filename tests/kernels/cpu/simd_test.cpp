@@ -153,6 +153,37 @@ void quads() {
   for (int i = 0; i < 4; ++i) expect(totals[i] == float(i + i * i + 5 - 3 * i), "sum_quads", double(totals[i]), i);
 }
 
+template <int G>
+void groups() {
+  constexpr int W = lanes<float>;
+  if constexpr (G <= W) {
+    vec<float> rows[G];
+    for (int i = 0; i < G; ++i)
+      for (int j = 0; j < W; ++j) rows[i][j] = float(i * W + j * j % 7);
+    const vec<float> sums = sum_within<G>(rows);
+    for (int j = 0; j < W; ++j) {
+      float sum = 0;
+      for (int k = 0; k < G; ++k) sum += rows[j % G][j / G * G + k];
+      expect(sums[j] == sum, "sum_within", double(sums[j]), double(sum));
+      expect(broadcast_within<G, 1>(rows[2])[j] == rows[2][j / G * G + 1], "broadcast_within");
+    }
+  }
+}
+
+template <class A>
+void comparison() {
+  const A nan = A(__builtin_nan(""));
+  vec<A> a = splat(A(2));
+  expect(!any_greater<A>(a, a), "any_greater of equals");
+  for (int i = 0; i < lanes<A>; ++i) {
+    vec<A> b = a;
+    b[i] = A(1);
+    expect(any_greater<A>(a, b) && !any_greater<A>(b, a), "any_greater in one lane", i);
+    b[i] = nan;
+    expect(!any_greater<A>(a, b) && !any_greater<A>(b, a), "any_greater with NaN", i);
+  }
+}
+
 // Streaming stores, each type at an aligned address.
 template <class T>
 void streamed() {
@@ -226,6 +257,7 @@ A of_one(A x, vec<A> (*f)(vec<A>)) {
   return f(splat(x))[lanes<A> - 1];
 }
 vec<float> exp_float(vec<float> x) { return exp_nonpositive(x); }
+vec<float> power_float(vec<float> x) { return power_of_two(x); }
 vec<float> tanh_float(vec<float> x) { return vcr::tanh(x); }
 
 void functions() {
@@ -242,6 +274,13 @@ void functions() {
            std::exp(double(x)));
   }
   expect(std::isnan(of_one<float>(nan, exp_float)), "exp(NaN)");
+  const double exact_power = worst_error(-125.9, 100, 1 << 18, power_float, [](double x) { return std::exp2(x); });
+  expect(exact_power <= 2e-7, "power_of_two's relative error", exact_power, 2e-7);
+  for (float x : {-inf, -3e38f, -1000.f, -150.f})
+    expect(of_one<float>(x, power_float) == 0, "power_of_two far below", double(of_one<float>(x, power_float)), 0);
+  for (int x = -126; x < 127; ++x)
+    expect(double(of_one<float>(float(x), power_float)) == std::ldexp(1.0, x), "power_of_two of a whole number", x);
+  expect(std::isnan(of_one<float>(nan, power_float)), "power_of_two(NaN)");
   const double small = worst_error(-0.7, 0.7, 1 << 16, tanh_float, [](double x) { return std::tanh(x); });
   const double large = worst_error(-12, 12, 1 << 16, tanh_float, [](double x) { return std::tanh(x); });
   expect(small <= 3e-7, "tanh's relative error near 0", small, 3e-7);
@@ -252,6 +291,7 @@ void functions() {
   for (double x : {-700.0, -20.5, -1e-9, 0.0}) {
     const double e = exp_nonpositive(splat(x))[0], t = vcr::tanh(splat(x))[lanes<double> - 1];
     expect(std::fabs(e - std::exp(x)) <= 4e-16 * std::exp(x), "exp of double", e, std::exp(x));
+    expect(power_of_two(splat(x))[0] == std::exp2(x), "power_of_two of double");
     expect(std::fabs(t - std::tanh(x)) <= 4e-16 * std::fabs(std::tanh(x)), "tanh of double", t, std::tanh(x));
   }
 }
@@ -266,6 +306,11 @@ int simd_failures() {
   lanes_and_sums<double>();
   transposed();
   quads();
+  groups<4>();
+  groups<8>();
+  groups<16>();
+  comparison<float>();
+  comparison<double>();
   streamed<float>();
   streamed<double>();
   bf16_rounding();

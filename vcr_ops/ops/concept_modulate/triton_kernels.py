@@ -62,14 +62,13 @@ def coefficients(
 @triton.jit
 def pre_activation(yhat, m, A1, B1, A0, B0, PIXEL: tl.constexpr):
     """What the ReLU is taken of, the same bits in every pass. m (CB, BS)."""
-    a0 = tl.broadcast_to(A0[:, :, None], yhat.shape)
-    b0 = tl.broadcast_to(B0[:, :, None], yhat.shape)
-    x = tl.fma(a0, yhat, b0)
+    slope = tl.broadcast_to(A0[:, :, None], yhat.shape)
+    offset = tl.broadcast_to(B0[:, :, None], yhat.shape)
     if PIXEL:
-        a1 = tl.broadcast_to(A1[:, :, None], yhat.shape)
-        b1 = tl.broadcast_to(B1[:, :, None], yhat.shape)
-        x = tl.fma(tl.broadcast_to(m[:, None, :], yhat.shape), tl.fma(a1, yhat, b1), x)
-    return x
+        m = tl.broadcast_to(m[:, None, :], yhat.shape)
+        slope = tl.fma(m, tl.broadcast_to(A1[:, :, None], yhat.shape), slope)
+        offset = tl.fma(m, tl.broadcast_to(B1[:, :, None], yhat.shape), offset)
+    return tl.fma(slope, yhat, offset)
 
 
 @triton.jit
@@ -213,7 +212,8 @@ def store_sums(
     C: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Row ``row`` of ``sums``: E0, E1, and for pixel modulation F0, F1, K1, top_sum (rows, C*p), K0, highest, count (rows, C)."""
+    """Row ``row`` of ``sums``: E0, E1, and for pixel modulation F0, F1, K1, top_sum (rows, C*p), K0, highest, count
+    (rows, C)."""
     size = scalar(rows).to(tl.int64) * (C * P)
     store_channels(sums, row, c, j, E0, C, P)
     store_channels(sums + size, row, c, j, E1, C, P)

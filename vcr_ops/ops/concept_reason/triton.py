@@ -1,5 +1,6 @@
-"""The reasoner alone on Triton: two launches in each direction."""
+"""The reasoner alone on Triton: two launches forward, four backward."""
 
+import torch
 from torch import Tensor
 
 from ...triton_common.launch import launch
@@ -10,7 +11,7 @@ from . import triton_kernels as kernels
 
 def _constants(h: Tensor) -> dict[str, object]:
     _, C, pt = h.shape
-    return {"C": C, "C2": power_of_two(C), "PT": pt, "PT2": power_of_two(pt), "ACC": acc_type(h.dtype)}
+    return {"C": C, "PT": pt, "PT2": power_of_two(pt), "ACC": acc_type(h.dtype)}
 
 
 def exchange_blocks(concepts: int, pt: int) -> dict[str, int]:
@@ -20,10 +21,10 @@ def exchange_blocks(concepts: int, pt: int) -> dict[str, int]:
 
 
 def _split(saved: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """xhat (N, C, pt), the dynamic edges (N, C, C), and the states' rstd and mean (2 pt)."""
+    """G (N, C, pt), the dynamic edges (N, C, C), and two numbers per column of the states' norm."""
     n, concepts, pt = h.shape
-    xhat, edges, rstd = saved.split([n * concepts * pt, n * concepts * concepts, 2 * pt])
-    return xhat, edges, rstd
+    g, edges, norm = saved.split([n * concepts * pt, n * concepts * concepts, 2 * pt])
+    return g, edges, norm
 
 
 def forward(
@@ -42,8 +43,8 @@ def forward(
     N, C, pt = h.shape
     batch = mean is None
     saved = h.new_empty((N * C * pt + N * C * C + 2 * pt,))
-    xhat, edges_to, rstd = _split(saved, h)
-    state, g, parts = h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((2 * N * pt,))
+    g, edges_to, norm = _split(saved, h)
+    state, parts = h.new_empty(h.shape), h.new_empty((2 * N * pt,), dtype=torch.float64)
     new_mean, new_var = (h.new_empty((pt if batch else 0,)) for _ in range(2))
     if N == 0:
         new_mean.zero_(), new_var.fill_(1.0), saved.zero_()
@@ -57,7 +58,7 @@ def forward(
         g,
         edges_to,
         parts,
-        **{name: x for name, x in constants.items() if name != "C2"},
+        **constants,
         **exchange_blocks(C, pt),
         EDGES=edges,
         SAVE=save,
@@ -74,12 +75,12 @@ def forward(
         dense(weight),
         dense(bias),
         state,
-        xhat,
-        rstd,
+        norm,
         new_mean,
         new_var,
         N,
         **constants,
+        CB=rows_at_once(power_of_two(pt), C),
         EPS=eps,
         BATCH=batch,
         ROWS=rows_at_once(power_of_two(pt), N),
@@ -101,45 +102,66 @@ def backward(
     """The op ``concept_reason_backward``."""
     h, edge, weight = h.contiguous(), dense(edge), dense(weight)
     N, C, pt = h.shape
-    xhat, edges_from, rstd = _split(saved, h)
-    dh, masked, parts = h.new_empty(h.shape), h.new_empty(h.shape), h.new_empty((2 * N * pt,))
-    gradients = [h.new_empty((0,)) if w is None else w.new_empty(w.shape) for w in (edge, weight, bias)]
-    to = [None if w is None else x for w, x in zip((edge, weight, bias), gradients, strict=True)]
-    constants = _constants(h)
+    g, edges_from, norm = _split(saved, h)
+    dh, masked, dg = (h.new_empty(h.shape) for _ in range(3))
+    means, parts = (h.new_empty((rows * N * pt,), dtype=torch.float64) for rows in (1, 3))
+    parameters = (edge, weight, bias)
+    gradients = [h.new_empty((0,)) if w is None else w.new_zeros(w.shape) for w in parameters]
+    dedge, dweight, dbias = (None if w is None else x for w, x in zip(parameters, gradients, strict=True))
+    constants, pt2, c2 = _constants(h), power_of_two(pt), power_of_two(C)
+    blocks = {"CB": rows_at_once(pt2, C), "num_warps": 4}
+    rows = {"ROWS": rows_at_once(pt2, N), "BATCH": batch}
+    if batch:
+        launch(kernels.state_means, (N,), h.device, g, means, **constants, **blocks)
     launch(
         kernels.state_relu_backward,
         (N,),
         h.device,
         dstate.contiguous(),
-        xhat,
+        g,
+        means,
         weight,
         dense(bias),
+        norm,
         masked,
         parts,
+        N,
         **constants,
-        num_warps=4,
+        **blocks,
+        **rows,
     )
-    c2, pt2 = power_of_two(C), power_of_two(pt)
+    launch(
+        kernels.state_norm_backward,
+        (N,),
+        h.device,
+        masked,
+        g,
+        parts,
+        weight,
+        norm,
+        dg,
+        dweight,
+        dbias,
+        N,
+        **constants,
+        **blocks,
+        **rows,
+    )
     launch(
         kernels.reason_gradients,
         (C,),
         h.device,
-        masked,
-        xhat,
+        dg,
         h,
         edge,
         edges_from,
-        parts,
-        weight,
-        rstd,
         dh,
-        *to,
+        dedge,
         N,
         **constants,
+        C2=c2,
         EDGES=edges,
-        BATCH=batch,
-        BN=rows_at_once(c2 * pt2, max(N, 1)),
-        ROWS=rows_at_once(pt2, max(N, 1)),
+        BN=rows_at_once(c2 * pt2, N),
         num_warps=4,
     )
     return dh, *gradients

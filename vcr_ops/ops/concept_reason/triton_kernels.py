@@ -5,7 +5,6 @@ import triton.language as tl
 
 from ...triton_common.blocks import (
     all_states,
-    inverse_root,
     load_states,
     load_vector,
     relu,
@@ -31,18 +30,16 @@ def edges_row(h, edge, c, d, k, EDGES: tl.constexpr, C: tl.constexpr, PT: tl.con
 
 
 @triton.jit
-def merge_state_stats(parts, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """(mean, centred sum of squares), (PT2,) each, of the states of all images from parts (N, 2, pt)."""
-    lanes = tl.arange(0, ROWS)
-    total = tl.zeros((k.shape[0],), ACC)
+def merge_state_stats(parts, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
+    """(mean, centred sum of squares), (PT2,) float64 each, of the states of all images, from parts (N, 2, pt).
+
+    The batch norm of the states is in float64 whatever the features are: of few states it lets through next to nothing
+    of a gradient, and rounding errors must be smaller than that.
+    """
+    mean = sum_images(parts, N, k, 2, PT, ROWS) / scalar(N).to(tl.float64)
+    squares = tl.zeros((k.shape[0],), tl.float64)
     for start in range(0, N, ROWS):
-        n = start + lanes
-        mask = (n < N)[:, None] & (k < PT)[None, :]
-        total += tl.sum(tl.load(parts + (2 * n * PT)[:, None] + k[None, :], mask=mask, other=0.0), 0)
-    mean = total / scalar(N).to(ACC)
-    squares = tl.zeros((k.shape[0],), ACC)
-    for start in range(0, N, ROWS):
-        n = start + lanes
+        n = start + tl.arange(0, ROWS)
         mask = (n < N)[:, None] & (k < PT)[None, :]
         at = parts + (2 * n * PT)[:, None] + k[None, :]
         apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
@@ -51,15 +48,34 @@ def merge_state_stats(parts, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def state_norm(
+    parts,
+    mean_from,
+    var_from,
+    N,
+    k,
+    EPS: tl.constexpr,
+    BATCH: tl.constexpr,
+    C: tl.constexpr,
+    PT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """(mean, 1 / sqrt(var + eps), unbiased var), (PT2,) float64 each: the batch's or the given ones."""
+    if BATCH:
+        mean, squares = merge_state_stats(parts, N, k, C, PT, ROWS)
+        count = scalar(N).to(tl.float64) * C
+        return mean, 1.0 / tl.sqrt(squares / count + EPS), squares / (count - 1.0)
+    else:
+        var = load_vector(var_from, k, 1.0, PT, tl.float64)
+        return load_vector(mean_from, k, 0.0, PT, tl.float64), 1.0 / tl.sqrt(var + EPS), var
+
+
+@triton.jit
 def normalise(g, mean, rstd, weight, bias, k, PT: tl.constexpr, ACC: tl.constexpr):
-    """(xhat, relu(xhat * weight + bias)), rows of states."""
-    xhat = (g - mean[None, :]) * rstd[None, :]
-    x = tl.fma(
-        xhat,
-        tl.broadcast_to(load_vector(weight, k, 1.0, PT, ACC)[None, :], xhat.shape),
-        tl.broadcast_to(load_vector(bias, k, 0.0, PT, ACC)[None, :], xhat.shape),
-    )
-    return xhat, relu(x)
+    """relu((g - mean) rstd * weight + bias), rows of states."""
+    xhat = (g.to(tl.float64) - mean[None, :]) * rstd[None, :]
+    gain = load_vector(weight, k, 1.0, PT, tl.float64)
+    return relu(xhat * gain[None, :] + load_vector(bias, k, 0.0, PT, tl.float64)[None, :]).to(ACC)
 
 
 @triton.jit
@@ -78,8 +94,8 @@ def exchange(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Rows ``c`` of G = H + A H of image n, (len(c), PT2), from h_from (N, C, pt), DB concepts at a time; h_rows are rows
-    ``c`` of it. SAVE: dynamic edges go to edges_to (N, C, C)."""
+    """Rows ``c`` of G = H + A H of image n, (len(c), PT2), from h_from (N, C, pt), DB concepts at a time; h_rows are
+    its rows ``c``. SAVE: dynamic edges go to edges_to (N, C, C)."""
     g = h_rows
     if EDGES != "none":
         for start in range(0, C, DB):
@@ -116,82 +132,131 @@ def reason_image(
     ACC: tl.constexpr,
 ):
     """G of image n, RB concepts at a time, and its statistics: see store_state_part."""
-    mean = tl.zeros((k.shape[0],), ACC)
-    squares = tl.zeros((k.shape[0],), ACC)
+    mean = tl.zeros((k.shape[0],), tl.float64)
+    squares = tl.zeros((k.shape[0],), tl.float64)
     for start in range(0, C, RB):
         c = start + tl.arange(0, RB)
         h = load_states(h_from, n, c, k, C, PT, ACC)
         g = exchange(h, h_from, edge, edges_to, n, c, k, EDGES, SAVE, DB, C, PT, ACC)
         store_states(g_to, n, c, k, g, C, PT)
-        before = scalar(start).to(ACC)
-        count = tl.minimum(scalar(RB).to(ACC), C - before)
-        block_mean = tl.sum(g, 0) / count
-        apart = tl.where((c < C)[:, None], g - block_mean[None, :], 0.0)
+        before = scalar(start).to(tl.float64)
+        count = tl.minimum(scalar(RB).to(tl.float64), C - before)
+        block_mean, block_squares = rows_stats(g, c, count, C)
         shift = block_mean - mean
         mean += shift * (count / (before + count))
-        squares += tl.sum(apart * apart, 0) + shift * shift * (before * count / (before + count))
+        squares += block_squares + shift * shift * (before * count / (before + count))
     tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
     tl.store(parts + (2 * n + 1) * PT + k, squares, mask=k < PT)
 
 
 @triton.jit
-def store_state_part(parts, n, c, k, g, C: tl.constexpr, PT: tl.constexpr):
-    """Image n's row of parts (N, 2, pt): mean and centred sum of squares over concepts."""
-    mean = tl.sum(g, 0) / C
-    apart = tl.where((c < C)[:, None], g - mean[None, :], 0.0)
-    tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
-    tl.store(parts + (2 * n + 1) * PT + k, tl.sum(apart * apart, 0), mask=k < PT)
+def rows_stats(g, c, count, C: tl.constexpr):
+    """(mean, centred sum of squares), float64, of the rows of G that there are."""
+    wide = g.to(tl.float64)
+    mean = tl.sum(wide, 0) / count
+    apart = tl.where((c < C)[:, None], wide - mean[None, :], 0.0)
+    return mean, tl.sum(apart * apart, 0)
 
 
 @triton.jit
-def state_norm_gradients(
-    parts,
-    dweight,
-    dbias,
-    weight,
-    rstd,
-    N,
-    k,
-    store,
-    BATCH: tl.constexpr,
-    C: tl.constexpr,
-    PT: tl.constexpr,
-    ROWS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The states' batch norm, backward: (mean of dstate, mean of dstate xhat, weight * rstd), (PT2,) each, from the
-    images' sums, parts (N, 2, pt); given statistics are constants, so then the means are 0. One program stores."""
-    sum0 = tl.zeros((k.shape[0],), ACC)
-    sum1 = tl.zeros((k.shape[0],), ACC)
+def store_state_part(parts, n, c, k, g, C: tl.constexpr, PT: tl.constexpr):
+    """Image n's row of parts (N, 2, pt): mean and centred sum of squares over concepts."""
+    mean, squares = rows_stats(g, c, scalar(C).to(tl.float64), C)
+    tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
+    tl.store(parts + (2 * n + 1) * PT + k, squares, mask=k < PT)
+
+
+@triton.jit
+def store_state_norm(to, k, rstd, mean, BATCH: tl.constexpr, PT: tl.constexpr):
+    """What the backward pass can't find again, (2, pt): of a batch's 1 / sqrt(var + eps) the rest that rounding leaves,
+    besides, since its mean can be had from G; of given statistics the mean."""
+    rounded = rstd.to(to.dtype.element_ty)
+    tl.store(to + k, rounded, mask=k < PT)
+    second = rstd - rounded.to(tl.float64) if BATCH else mean
+    tl.store(to + PT + k, second.to(to.dtype.element_ty), mask=k < PT)
+
+
+@triton.jit
+def load_state_norm(base, means, N, k, ROW: tl.constexpr, BATCH: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
+    """(mean, 1 / sqrt(var + eps)), (PT2,) float64 each; means (N, ROW, pt): each image's mean of G."""
+    first = load_vector(base, k, 0.0, PT, tl.float64)
+    second = load_vector(base + PT, k, 0.0, PT, tl.float64)
+    if BATCH:
+        return sum_images(means, N, k, ROW, PT, ROWS) / scalar(N).to(tl.float64), first + second
+    else:
+        return second, first
+
+
+@triton.jit
+def sum_images(parts, N, k, ROW: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
+    """(PT2,): the sum over images of the first rows of parts (N, ROW, pt)."""
+    total = tl.zeros((k.shape[0],), tl.float64)
     for start in range(0, N, ROWS):
         n = start + tl.arange(0, ROWS)
         mask = (n < N)[:, None] & (k < PT)[None, :]
-        at = parts + (2 * n * PT)[:, None] + k[None, :]
-        sum0 += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
-        sum1 += tl.sum(tl.load(at + PT, mask=mask, other=0.0), 0)
-    if store:
+        total += tl.sum(tl.load(parts + (ROW * n * PT)[:, None] + k[None, :], mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def store_state_sums(parts, n, k, g, dstate, product, C: tl.constexpr, PT: tl.constexpr):
+    """Image n's row of parts (N, 3, pt): the mean of G, the sums of dstate and of dstate G, over its concepts."""
+    at = parts + 3 * n * PT + k
+    tl.store(at, g / C, mask=k < PT)
+    tl.store(at + PT, dstate, mask=k < PT)
+    tl.store(at + 2 * PT, product, mask=k < PT)
+
+
+@triton.jit
+def state_norm_backward(
+    dstate,
+    g_from,
+    parts,
+    weight,
+    norm_from,
+    dg_to,
+    dweight,
+    dbias,
+    N,
+    BATCH: tl.constexpr,
+    C: tl.constexpr,
+    CB: tl.constexpr,
+    PT: tl.constexpr,
+    PT2: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dL/dG of one image through the batch norm of the states; given statistics are constants. Grid (N,).
+
+    parts: see store_state_sums. norm_from: see store_state_norm.
+    """
+    n = tl.program_id(0)
+    k = tl.arange(0, PT2)
+    mean, rstd = load_state_norm(norm_from, parts, N, k, 3, BATCH, PT, ROWS)
+    sum0 = sum_images(parts + PT, N, k, 3, PT, ROWS)
+    sum1 = (sum_images(parts + 2 * PT, N, k, 3, PT, ROWS) - mean * sum0) * rstd  # of dstate xhat
+    if n == 0:
         if dweight is not None:
             tl.store(dweight + k, sum1.to(dweight.dtype.element_ty), mask=k < PT)
         if dbias is not None:
             tl.store(dbias + k, sum0.to(dbias.dtype.element_ty), mask=k < PT)
-    gain = load_vector(weight, k, 1.0, PT, ACC) * load_vector(rstd, k, 0.0, PT, ACC)
-    if BATCH:
-        count = scalar(N).to(ACC) * C
-        return sum0 / count, sum1 / count, gain
-    else:
-        return tl.zeros((k.shape[0],), ACC), tl.zeros((k.shape[0],), ACC), gain
+    gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
+    share = 1.0 / (scalar(N).to(tl.float64) * C)
+    for start in range(0, C, CB):
+        c = start + tl.arange(0, CB)
+        d = load_states(dstate, n, c, k, C, PT, tl.float64)
+        if BATCH:
+            xhat = (load_states(g_from, n, c, k, C, PT, tl.float64) - mean[None, :]) * rstd[None, :]
+            d = d - (sum0 * share)[None, :] - xhat * (sum1 * share)[None, :]
+        store_states(dg_to, n, c, k, (d * gain[None, :]).to(ACC), C, PT)
 
 
 @triton.jit
 def reasoner_backward(
-    dstate,
-    xhat,
+    dg_from,
     h,
     edge,
     edges,
-    mean0,
-    mean1,
-    gain,
     n,
     live,
     c,
@@ -202,19 +267,14 @@ def reasoner_backward(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dh of concept c in the images ``n``, (BN, PT2), and their share of the edges' gradient: column c of W^edge
-    (PT2,), which all concepts' scores against c reach, or row c of the learned matrix (C2,)."""
-    here = live[:, None] & (k < PT)[None, :]
-    xhat_c = rows_of(xhat, n, live, c, k, C, PT, ACC)
-    dg = (rows_of(dstate, n, live, c, k, C, PT, ACC) - mean0[None, :] - xhat_c * mean1[None, :]) * gain[None, :]
-    dg = tl.where(here, dg, 0.0)
+    """dL/dh of concept c in the images ``n``, (BN, PT2), from dL/dG (N, C, pt), and their share of the edges' gradient:
+    column c of W^edge (PT2,), which all concepts' scores against c reach, or row c of the learned matrix (C2,)."""
+    dg = rows_of(dg_from, n, live, c, k, C, PT, ACC)
     if EDGES == "none":
         return dg, tl.zeros((k.shape[0],), ACC)
     else:
         h_all = all_states(h, n, live, d, k, C, PT, ACC)
-        dg_all = all_states(dstate, n, live, d, k, C, PT, ACC) - mean0[None, None, :]
-        dg_all = (dg_all - all_states(xhat, n, live, d, k, C, PT, ACC) * mean1[None, None, :]) * gain[None, None, :]
-        dg_all = tl.where(live[:, None, None] & (d < C)[None, :, None] & (k < PT)[None, None, :], dg_all, 0.0)
+        dg_all = all_states(dg_from, n, live, d, k, C, PT, ACC)
         da = tl.sum(dg[:, None, :] * h_all, 2)  # of row c of A
         if EDGES == "dynamic":
             mask = live[:, None] & (d < C)[None, :]
@@ -261,107 +321,111 @@ def normalise_states(
     weight,
     bias,
     state_to,
-    xhat_to,
-    rstd_to,
+    norm_to,
     mean_to,
     var_to,
     N,
     EPS: tl.constexpr,
     BATCH: tl.constexpr,
     C: tl.constexpr,
-    C2: tl.constexpr,
+    CB: tl.constexpr,
     PT: tl.constexpr,
     PT2: tl.constexpr,
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The op alone: batch norm and ReLU of G. Grid (N,). xhat_to, rstd_to: what the backward pass reads."""
+    """The op alone: batch norm and ReLU of G. Grid (N,)."""
     n = tl.program_id(0)
-    c = tl.arange(0, C2)
     k = tl.arange(0, PT2)
-    if BATCH:
-        mean, squares = merge_state_stats(parts, N, k, C, PT, ROWS, ACC)
-        count = scalar(N).to(ACC) * C
-        rstd = inverse_root(squares / count + EPS, ACC)
-        if n == 0:
-            tl.store(mean_to + k, mean, mask=k < PT)
-            tl.store(var_to + k, squares / (count - 1.0), mask=k < PT)
-    else:
-        mean = load_vector(mean_from, k, 0.0, PT, ACC)
-        rstd = inverse_root(load_vector(var_from, k, 1.0, PT, ACC) + EPS, ACC)
-    xhat, state = normalise(load_states(g_from, n, c, k, C, PT, ACC), mean, rstd, weight, bias, k, PT, ACC)
-    store_states(state_to, n, c, k, state, C, PT)
-    store_states(xhat_to, n, c, k, xhat, C, PT)
+    mean, rstd, var = state_norm(parts, mean_from, var_from, N, k, EPS, BATCH, C, PT, ROWS)
+    for start in range(0, C, CB):
+        c = start + tl.arange(0, CB)
+        state = normalise(load_states(g_from, n, c, k, C, PT, ACC), mean, rstd, weight, bias, k, PT, ACC)
+        store_states(state_to, n, c, k, state, C, PT)
     if n == 0:
-        tl.store(rstd_to + k, rstd, mask=k < PT)
-        tl.store(rstd_to + PT + k, mean, mask=k < PT)
+        store_state_norm(norm_to, k, rstd, mean, BATCH, PT)
+        if BATCH:
+            tl.store(mean_to + k, mean.to(ACC), mask=k < PT)
+            tl.store(var_to + k, var.to(ACC), mask=k < PT)
+
+
+@triton.jit
+def state_means(
+    g_from, means, C: tl.constexpr, CB: tl.constexpr, PT: tl.constexpr, PT2: tl.constexpr, ACC: tl.constexpr
+):
+    """The op alone: each image's mean of G, means (N, pt). Grid (N,)."""
+    n = tl.program_id(0)
+    k = tl.arange(0, PT2)
+    total = tl.zeros((PT2,), tl.float64)
+    for start in range(0, C, CB):
+        total += tl.sum(load_states(g_from, n, start + tl.arange(0, CB), k, C, PT, tl.float64), 0)
+    tl.store(means + n * PT + k, total / C, mask=k < PT)
 
 
 @triton.jit
 def state_relu_backward(
     dstate_from,
-    xhat_from,
+    g_from,
+    means,
     weight,
     bias,
+    norm_from,
     dstate_to,
     parts,
+    N,
+    BATCH: tl.constexpr,
     C: tl.constexpr,
-    C2: tl.constexpr,
+    CB: tl.constexpr,
     PT: tl.constexpr,
     PT2: tl.constexpr,
+    ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The op alone: dL/d(what the ReLU is taken of), and parts (N, 2, pt), its sums with 1 and xhat. Grid (N,)."""
+    """The op alone: dL/d(what the ReLU is taken of), and its sums, see store_state_sums. Grid (N,)."""
     n = tl.program_id(0)
-    c = tl.arange(0, C2)
     k = tl.arange(0, PT2)
-    xhat = load_states(xhat_from, n, c, k, C, PT, ACC)
-    _, state = normalise(xhat, tl.zeros((PT2,), ACC), tl.full((PT2,), 1.0, ACC), weight, bias, k, PT, ACC)
-    dstate = tl.where(state <= 0, 0.0, load_states(dstate_from, n, c, k, C, PT, ACC))
-    store_states(dstate_to, n, c, k, dstate, C, PT)
-    tl.store(parts + 2 * n * PT + k, tl.sum(dstate, 0), mask=k < PT)
-    tl.store(parts + (2 * n + 1) * PT + k, tl.sum(dstate * xhat, 0), mask=k < PT)
+    mean, rstd = load_state_norm(norm_from, means, N, k, 1, BATCH, PT, ROWS)
+    g_sum = tl.zeros((PT2,), tl.float64)
+    sum0 = tl.zeros((PT2,), tl.float64)
+    sum1 = tl.zeros((PT2,), tl.float64)
+    for start in range(0, C, CB):
+        c = start + tl.arange(0, CB)
+        g = load_states(g_from, n, c, k, C, PT, ACC)
+        state = normalise(g, mean, rstd, weight, bias, k, PT, ACC)
+        dstate = tl.where(state <= 0, 0.0, load_states(dstate_from, n, c, k, C, PT, ACC))
+        store_states(dstate_to, n, c, k, dstate, C, PT)
+        g_sum += tl.sum(g.to(tl.float64), 0)
+        sum0 += tl.sum(dstate.to(tl.float64), 0)
+        sum1 += tl.sum(dstate.to(tl.float64) * g.to(tl.float64), 0)
+    store_state_sums(parts, n, k, g_sum, sum0, sum1, C, PT)
 
 
 @triton.jit
 def reason_gradients(
-    dstate,
-    xhat,
+    dg,
     h,
     edge,
     edges,
-    parts,
-    weight,
-    rstd,
     dh_to,
     dedge,
-    dweight,
-    dbias,
     N,
     EDGES: tl.constexpr,
-    BATCH: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
     PT: tl.constexpr,
     PT2: tl.constexpr,
     BN: tl.constexpr,
-    ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The op alone: one concept's dh (N, C, pt), and its part of the edges' gradient. Grid (C,)."""
     c = tl.program_id(0)
     d = tl.arange(0, C2)
     k = tl.arange(0, PT2)
-    mean0, mean1, gain = state_norm_gradients(
-        parts, dweight, dbias, weight, rstd, N, k, c == 0, BATCH, C, PT, ROWS, ACC
-    )
     total = tl.zeros((C2 if EDGES == "static" else PT2,), ACC)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         live = n < N
-        dh, more = reasoner_backward(
-            dstate, xhat, h, edge, edges, mean0, mean1, gain, n, live, c, d, k, EDGES, C, PT, ACC
-        )
+        dh, more = reasoner_backward(dg, h, edge, edges, n, live, c, d, k, EDGES, C, PT, ACC)
         store_rows(dh_to, n, live, c, k, dh, C, PT)
         total += more
     if EDGES == "dynamic":

@@ -13,7 +13,7 @@ PER_THREAD = 32
 
 
 def sample_config(size: Sizes, save: bool) -> dict[str, int]:
-    """The sampler's configuration. In evaluation a tile is all positions of some concepts, where that isn't too much."""
+    """The sampler's configuration. In evaluation a tile is all positions of its concepts, where that isn't too much."""
     found = size.config("concept_sample" if save else "concept_sample_inference")
     whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
     if save or whole > ONE_TILE:

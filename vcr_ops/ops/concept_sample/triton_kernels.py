@@ -1,8 +1,8 @@
 """Pass ``concept_sample``: attention pooling over the map, centred (contract: attend; paper, Eq. 1 and 2).
 
-z = s * yhat + b with yhat = y - mu. Logits are ``yhat . v``, v = s * u, u = W^k q / sqrt(pt) or the learned vector: what
-is left out is constant over positions. Every lane keeps a softmax of its own (maximum, sum, weighted sums); lanes, and
-splits of an image, are merged at the end in a fixed order.
+z = s * yhat + b with yhat = y - mu. Logits are ``yhat . v``, v = s * u, u = W^k q / sqrt(pt) or the learned vector:
+what is left out is constant over positions. Every lane keeps a softmax of its own (maximum, sum, weighted sums); lanes,
+and splits of an image, are merged at the end in a fixed order.
 """
 
 import triton
@@ -298,8 +298,8 @@ def sampler_backward(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Concept c in the images ``n``: from dh (BN, PT2) to what the map's gradient is made of, which is stored, and to the
-    sums over these images of the gradients of value, query, key (P2, PT2), logit, s and b (P2,).
+    """Concept c in the images ``n``: from dh (BN, PT2) to what the map's gradient is made of, which is stored, and to
+    the sums over these images of the gradients of value, query, key (P2, PT2), logit, s and b (P2,).
 
     s, b (1 or BN, P2). EXTRA: K1 (N, C*p) reaches v besides, from pixel modulation or the attention's own gradient.
     """

@@ -1,4 +1,4 @@
-"""The middle on Triton: 4 launches forward in training (2 or 3 in evaluation) and 4 backward."""
+"""The middle on Triton: 4 launches forward in training (2 or 3 in evaluation) and 5 backward."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ...triton_common.sizes import (
     splits_of,
 )
 from ..concept_reason.triton import exchange_blocks
+from ..concept_reason.triton_kernels import state_norm_backward
 from ..concept_sample.triton import sample_config
 from . import triton_backward, triton_forward
 
@@ -29,6 +30,11 @@ def mergeable(size: Sizes) -> bool:
     """True where one program can hold an image's states, as it must to merge the splits of an image."""
     states = power_of_two(size.C) * power_of_two(size.pt)
     return states * max(power_of_two(size.C), power_of_two(size.p)) <= MERGED_TILE
+
+
+def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
+    """Where G stands in ``saved`` (triton_saved.states_at)."""
+    return (3 + 5 * n) * concepts * p + 2 * n * concepts * pt
 
 
 def saved_size(n: int, concepts: int, p: int, pt: int, save: bool) -> int:
@@ -170,9 +176,9 @@ def forward(
     )
     merge = splits > 1 and sampler != "pool"
     reasoned = state_batch or save
-    g = state_parts = None
+    state_parts = None
     if reasoned:
-        g, state_parts = numbers(N * C * pt), numbers(2 * N * pt)
+        state_parts = y.new_empty((2 * N * pt,), dtype=torch.float64)
         launch(
             triton_forward.concept_reason,
             (N,),
@@ -182,7 +188,6 @@ def forward(
             edge,
             saved,
             parts,
-            g,
             state_parts,
             N,
             **{name: x for name, x in common.items() if name != "LAST"},
@@ -217,7 +222,6 @@ def forward(
         shift_bias.contiguous(),
         saved,
         parts,
-        g,
         state_parts,
         batch_state_mean,
         batch_state_var,
@@ -334,7 +338,8 @@ def backward(
     small = {name: x for name, x in constants.items() if name != "LAST"}
     small |= {"PT": pt, "PT2": power_of_two(pt)}
     p2, pt2 = power_of_two(p), power_of_two(pt)
-    dstate, dstate_parts = numbers(N * C * pt), numbers(2 * N * pt)
+    dstate, dg = numbers(N * C * pt), numbers(N * C * pt)
+    dstate_parts = y.new_empty((3 * N * pt,), dtype=torch.float64)
     launch(
         triton_backward.state_gradients,
         (N,),
@@ -357,6 +362,28 @@ def backward(
         CB=max(1, min(power_of_two(C), SMALL_TILE // (p2 * pt2))),
         num_warps=4,
     )
+    launch(
+        state_norm_backward,
+        (N,),
+        y.device,
+        dstate,
+        saved.narrow(0, saved_states(N, C, p, pt), N * C * pt),
+        dstate_parts,
+        dense(state_weight),
+        saved.narrow(0, saved_size(N, C, p, pt, False) - 2 * pt, 2 * pt),
+        dg,
+        to[7],
+        to[8],
+        N,
+        BATCH=state_batch,
+        C=C,
+        CB=rows_at_once(pt2, C),
+        PT=pt,
+        PT2=pt2,
+        ROWS=rows_at_once(pt2, N),
+        ACC=constants["ACC"],
+        num_warps=4,
+    )
     groups = min(N, GRADIENT_GROUPS)
     per_group = cdiv(N, groups)
     groups = cdiv(N, per_group)
@@ -374,19 +401,15 @@ def backward(
         query,
         key,
         dense(edge),
-        dense(state_weight),
         scale_bias,
         saved,
         merged,
-        dstate,
-        dstate_parts,
+        dg,
         v,
         dr,
         constant,
         rdr,
         partial,
-        to[7],
-        to[8],
         N,
         S,
         per_group,
@@ -396,11 +419,9 @@ def backward(
         SAMPLER=sampler,
         EDGES=edges,
         PIXEL=pixel,
-        STATE_BATCH=state_batch,
         SCALE=scale_weight is not None,
         SHIFT=shift_weight is not None,
         BN=max(1, min(power_of_two(per_group), at_once)),
-        ROWS=rows_at_once(pt2, N),
         num_warps=4,
     )
     found = size.config("middle_input_grad")

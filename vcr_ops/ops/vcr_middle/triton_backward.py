@@ -1,8 +1,9 @@
 """The middle's kernels, backward: modulate_backward_sums (2R), then what is small, then middle_input_grad (2R + 1W).
 
 Two barriers stand between the passes: the batch norm of the states needs sums over all concepts (state_gradients gives
-each image's), and that of the map sums over all images (small_gradients gives each group's). The parameters' gradients
-are summed over groups of images by small_gradients, and over the groups by the last kernel's programs, a slice each.
+each image's, state_norm_backward uses them), and that of the map sums over all images (small_gradients gives each
+group's). The parameters' gradients are summed over groups of images by small_gradients, and over the groups by the last
+kernel's programs, a slice each.
 """
 
 import triton
@@ -18,7 +19,6 @@ from ...triton_common.blocks import (
     rows_of,
     scalar,
     split_range,
-    store_channels,
     store_states,
     store_tile,
     store_weight_back_sum,
@@ -32,7 +32,7 @@ from ..concept_modulate.triton_kernels import (
     pre_activation,
     store_sums,
 )
-from ..concept_reason.triton_kernels import reasoner_backward, state_norm_gradients
+from ..concept_reason.triton_kernels import reasoner_backward, store_state_sums
 from ..concept_sample.triton_kernels import sampler_backward
 from .triton_saved import (
     covariance_of,
@@ -42,7 +42,6 @@ from .triton_saved import (
     rstd_of,
     s_of,
     softmax_of,
-    state_rstd_of,
     states_at,
 )
 
@@ -185,15 +184,16 @@ def state_gradients(
 ):
     """Of image n: the sums over its splits, and dL/d(state before its ReLU). Grid (N,).
 
-    merged: store_sums's arrays for N rows; K1 is there less its share of the maxima. dstate_parts (N, 2, pt): the sums
-    over concepts of dstate and dstate xhat.
+    merged: store_sums's arrays for N rows; K1 is there less its share of the maxima. dstate_parts: see
+    store_state_sums.
     """
     n = tl.program_id(0)
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
-    sum0 = tl.zeros((PT2,), ACC)
-    sum1 = tl.zeros((PT2,), ACC)
-    for block in range(0, tl.cdiv(C, CB)):
+    g_sum = tl.zeros((PT2,), tl.float64)
+    sum0 = tl.zeros((PT2,), tl.float64)
+    sum1 = tl.zeros((PT2,), tl.float64)
+    for block in range(tl.cdiv(C, CB)):
         c = block * CB + tl.arange(0, CB)
         mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
         E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = merge_sums(
@@ -214,11 +214,11 @@ def state_gradients(
         state = load_states(states_at(saved, N, 3, C, P, PT), n, c, k, C, PT, ACC)
         dstate = tl.where(state <= 0, 0.0, dstate)
         store_states(dstate_to, n, c, k, dstate, C, PT)
-        xhat = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, ACC)
-        sum0 += tl.sum(dstate, 0)
-        sum1 += tl.sum(dstate * xhat, 0)
-    tl.store(dstate_parts + 2 * n * PT + k, sum0, mask=k < PT)
-    tl.store(dstate_parts + (2 * n + 1) * PT + k, sum1, mask=k < PT)
+        g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, tl.float64)
+        g_sum += tl.sum(g, 0)
+        sum0 += tl.sum(dstate.to(tl.float64), 0)
+        sum1 += tl.sum(dstate.to(tl.float64) * g, 0)
+    store_state_sums(dstate_parts, n, k, g_sum, sum0, sum1, C, PT)
 
 
 @triton.jit
@@ -228,19 +228,15 @@ def small_gradients(
     query,
     key,
     edge,
-    state_weight,
     scale_bias,
     saved,
     merged,
-    dstate_from,
-    dstate_parts,
+    dg_from,
     v_to,
     dr_to,
     constant_to,
     rdr_to,
     partial,
-    dstate_weight,
-    dstate_bias,
     N,
     S,
     per_group,
@@ -248,7 +244,6 @@ def small_gradients(
     SAMPLER: tl.constexpr,
     EDGES: tl.constexpr,
     PIXEL: tl.constexpr,
-    STATE_BATCH: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     C: tl.constexpr,
@@ -258,7 +253,6 @@ def small_gradients(
     PT: tl.constexpr,
     PT2: tl.constexpr,
     BN: tl.constexpr,
-    ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Concept c over a group of images: the parameters' gradients, and what the last pass needs. Grid (C, groups).
@@ -273,21 +267,6 @@ def small_gradients(
     d = tl.arange(0, C2)
     size = scalar(N).to(tl.int64) * (C * P)
 
-    mean0, mean1, gain = state_norm_gradients(
-        dstate_parts,
-        dstate_weight,
-        dstate_bias,
-        state_weight,
-        state_rstd_of(saved, N, C, P, PT),
-        N,
-        k,
-        (c == 0) & (group == 0),
-        STATE_BATCH,
-        C,
-        PT,
-        ROWS,
-        ACC,
-    )
     bias = vector_of(scale_bias, c, j, 0.0, P, ACC)
     if NORM == "none":
         s = tl.full((1, P2), 1.0, ACC)
@@ -310,14 +289,10 @@ def small_gradients(
         n = start + tl.arange(0, BN)
         live = n < last
         dh, more = reasoner_backward(
-            dstate_from,
-            states_at(saved, N, 2, C, P, PT),
+            dg_from,
             states_at(saved, N, 1, C, P, PT),
             edge,
             edges_of(saved, N, C, P, PT),
-            mean0,
-            mean1,
-            gain,
             n,
             live,
             c,
@@ -420,7 +395,7 @@ def sum_groups(
     GB: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The sum over groups, GB of them at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
+    """The sum over groups, GB at a time, of the numbers ``at`` below ``count`` that stand ``offset`` into a row."""
     x = tl.zeros(at.shape, ACC)
     for start in range(0, groups, GB):
         group = start + tl.arange(0, GB)

@@ -1,7 +1,8 @@
 """The middle's kernels, forward: sampler and modulator with the batch norms folded in.
 
-Training: channel_stats (1R), concept_sample (1R), concept_reason, concept_modulate (1R + 1W). Evaluation: concept_sample
-and concept_modulate, whose prologue does the reasoning; where images are split, channel_stats goes before.
+Training: channel_stats (1R), concept_sample (1R), concept_reason, concept_modulate (1R + 1W). Evaluation:
+concept_sample and concept_modulate, whose prologue does the reasoning; where images are split, channel_stats goes
+before.
 """
 
 import triton
@@ -14,7 +15,6 @@ from ...triton_common.blocks import (
     load_optional,
     load_states,
     load_tile,
-    load_vector,
     load_weight,
     map_tile,
     project,
@@ -29,10 +29,11 @@ from ..concept_modulate.triton_kernels import coefficients, modulate_sweep, proj
 from ..concept_reason.triton_kernels import (
     edges_row,
     exchange,
-    merge_state_stats,
     normalise,
     reason_image,
+    state_norm,
     store_edges,
+    store_state_norm,
     store_state_part,
 )
 from ..concept_sample.triton_kernels import (
@@ -50,7 +51,7 @@ from .triton_saved import (
     rstd_of,
     s_of,
     softmax_of,
-    state_rstd_of,
+    state_norm_of,
     states_at,
 )
 
@@ -322,7 +323,6 @@ def concept_reason(
     edge,
     saved,
     parts,
-    g_to,
     state_parts,
     N,
     NORM: tl.constexpr,
@@ -342,11 +342,12 @@ def concept_reason(
 ):
     """G = H + A H of one image, and its share of the states' statistics. Grid (N,).
 
-    MERGE: the sampler has left the image in splits. g_to (N, C, pt). state_parts (N, 2, pt): mean and centred squares.
+    MERGE: the sampler has left the image in splits. state_parts: see store_state_part.
     """
     n = tl.program_id(0)
     k = tl.arange(0, PT2)
     h_at = states_at(saved, N, 1, C, P, PT)
+    g_to = states_at(saved, N, 2, C, P, PT)
     edges_to = edges_of(saved, N, C, P, PT)
     if MERGE:
         c = tl.arange(0, C2)
@@ -396,7 +397,6 @@ def concept_modulate(
     shift_bias,
     saved,
     parts,
-    g_from,
     state_parts,
     batch_state_mean,
     batch_state_var,
@@ -438,7 +438,7 @@ def concept_modulate(
     if PIXEL:
         v = s * load_channels(per_image(saved, N, 1, C, P), n, c, j, C, P, ACC)
     if REASONED:
-        g = load_states(g_from, n, c, k, C, PT, ACC)
+        g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, ACC)
         if PIXEL:
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
     elif MERGE:
@@ -461,26 +461,19 @@ def concept_modulate(
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
         g = exchange(h_mine, h_from, edge, saved, n, c, k, EDGES, False, DB, C, PT, ACC)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    mean, rstd, var = state_norm(state_parts, state_mean, state_var, N, k, STATE_EPS, STATE_BATCH, C, PT, ROWS)
     if STATE_BATCH:
-        mean, squares = merge_state_stats(state_parts, N, k, C, PT, ROWS, ACC)
-        count = scalar(N).to(ACC) * C
-        rstd = inverse_root(squares / count + STATE_EPS, ACC)
         if first:
-            tl.store(batch_state_mean + k, mean, mask=k < PT)
-            tl.store(batch_state_var + k, squares / (count - 1.0), mask=k < PT)
-    else:
-        mean = load_vector(state_mean, k, 0.0, PT, ACC)
-        rstd = inverse_root(load_vector(state_var, k, 1.0, PT, ACC) + STATE_EPS, ACC)
-    xhat, state = normalise(g, mean, rstd, state_weight, state_bias, k, PT, ACC)
+            tl.store(batch_state_mean + k, mean.to(ACC), mask=k < PT)
+            tl.store(batch_state_var + k, var.to(ACC), mask=k < PT)
+    state = normalise(g, mean, rstd, state_weight, state_bias, k, PT, ACC)
     state = tl.where((c < C)[:, None] & (k < PT)[None, :], state, 0.0)
     abar = project_state(state, scale_weight, c, j, k, C, P, PT, ACC)
     bbar = project_state(state, shift_weight, c, j, k, C, P, PT, ACC)
     if SAVE:
         if first:
-            tl.store(state_rstd_of(saved, N, C, P, PT) + k, rstd, mask=k < PT)
-            tl.store(state_rstd_of(saved, N, C, P, PT) + PT + k, mean, mask=k < PT)
+            store_state_norm(state_norm_of(saved, N, C, P, PT), k, rstd, mean, STATE_BATCH, PT)
         if chunk == 0:
-            store_states(states_at(saved, N, 2, C, P, PT), n, c, k, xhat, C, PT)
             store_states(states_at(saved, N, 3, C, P, PT), n, c, k, state, C, PT)
             store_channels(per_image(saved, N, 3, C, P), n, c, j, abar, C, P)
             store_channels(per_image(saved, N, 4, C, P), n, c, j, bbar, C, P)

@@ -1,4 +1,4 @@
-"""Where the numbers that the middle keeps for its backward pass stand in ``saved``: MiddleSaved of csrc/vcr_middle/args.h.
+"""Where the numbers that the middle keeps for its backward pass stand in ``saved``.
 
 Every function takes ``saved`` and the sizes, and returns a pointer.
 """
@@ -29,7 +29,7 @@ def per_image(saved, N, which: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def states_at(saved, N, which: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
-    """(N, C, pt): 0 q, 1 h, 2 xhat, 3 state"""
+    """(N, C, pt): 0 q, 1 h, 2 G, 3 state"""
     return saved + 3 * C * P + scalar(N).to(tl.int64) * (5 * C * P + which * C * PT)
 
 
@@ -40,15 +40,15 @@ def softmax_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
 
 
 @triton.jit
-def state_rstd_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
-    """(pt); the states' mean follows"""
+def state_norm_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
+    """(2, pt): see store_state_norm"""
     return softmax_of(saved, N, C, P, PT) + scalar(N).to(tl.int64) * (3 * C)
 
 
 @triton.jit
 def edges_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
     """(N, C, C): tanh(H W^edge)"""
-    return state_rstd_of(saved, N, C, P, PT) + 2 * PT
+    return state_norm_of(saved, N, C, P, PT) + 2 * PT
 
 
 @triton.jit

@@ -1,0 +1,239 @@
+#!/usr/bin/env bash
+# Builds, tests and measures vcr_ops on a machine with a GPU, in less than 8 minutes and without a network.
+#
+#   scripts/gpu_check.sh [OPTION...] OUTDIR
+#
+# Logs, results (JSON, CSV) and pictures go to OUTDIR; every part runs even if one before it fails. At the end stands a table
+# with each part's outcome, and the figures that the run is looked at for (also in OUTDIR/summary.txt).
+#
+#   --build --tests --sanitizer --bench   these parts alone (--tests: tests and large, --bench: passes and bench)
+#   --only PART...    these parts alone, of: build tests large sanitizer passes bench
+#   --quick           fewer tests, and the benchmark of one stage: a look at whether everything runs, in 3 minutes
+#   --dry-run         print the commands and their limits, run nothing
+#   --rehearse        without a GPU: the tests and the benchmark on the CPU, where other backends stand in; for a look at
+#                     whether the scripts run, on small maps
+#
+# PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools and ninja;
+# pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.
+# The C++ ops are compiled with -O1 unless CXXFLAGS says otherwise: only their schemas are needed here.
+#
+# Exit status: 0 all parts passed or were left out for a reason, 1 a part failed, 2 wrong usage or no GPU.
+set -uo pipefail
+
+usage() {
+  sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "$self"
+}
+
+die() {
+  printf '%s\n' "$@" >&2
+  exit 2
+}
+
+self=$(realpath "$0")
+all=(build tests large sanitizer passes bench)
+declare -A limit=([build]=75 [tests]=95 [large]=30 [sanitizer]=35 [passes]=45 [bench]=190)
+chosen=() outdir='' quick='' dry='' rehearse=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --build | --sanitizer) chosen+=("${1#--}") ;;
+    --tests) chosen+=(tests large) ;;
+    --bench) chosen+=(passes bench) ;;
+    --only)
+      while [ $# -gt 1 ] && [ -n "${limit[$2]:-}" ]; do
+        chosen+=("$2")
+        shift
+      done
+      [ ${#chosen[@]} -gt 0 ] || die "--only takes parts: ${all[*]}"
+      ;;
+    --quick) quick=1 ;;
+    --dry-run) dry=1 ;;
+    --rehearse) rehearse=1 ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    -*) die "$0 has no option '$1'; --help lists them" ;;
+    *)
+      [ -z "$outdir" ] || die "one OUTDIR, not '$outdir' and '$1'"
+      outdir=$1
+      ;;
+  esac
+  shift
+done
+[ -n "$outdir" ] || die "usage: $0 [OPTION...] OUTDIR (--help says more)"
+[ ${#chosen[@]} -gt 0 ] || chosen=("${all[@]}")
+
+python=${PYTHON:-python3}
+case $python in */*) python=$(realpath -s "$python") ;; esac
+[ -n "$dry" ] || mkdir -p "$outdir" || die "can't make $outdir"
+outdir=$(realpath -m "$outdir")
+cd "$(dirname "$self")/.." || exit 2
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+device=cuda workers=8
+if [ -n "$rehearse" ]; then
+  device=rehearsal workers=2 limit[build]=600
+  export VCR_OPS_GPU_REHEARSAL=${VCR_OPS_GPU_REHEARSAL:-cpp} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+has() {
+  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null
+}
+
+# part_NAME: puts the part's command into `words`; the reason to leave it out, if there is one, into `reason`; and what is
+# missing for it into `broken`
+part_build() {
+  local flags=${CXXFLAGS--O1}
+  [ -n "$rehearse" ] && flags=${CXXFLAGS-} # they are what runs there, and may have been built
+  words=(env "MAX_JOBS=${MAX_JOBS:-$(nproc)}" "CXXFLAGS=$flags" "$python" setup.py build_ext --inplace)
+  local missing=()
+  for module in torch pybind11 setuptools; do
+    has "$module" || missing+=("$module")
+  done
+  has ninja || command -v ninja >/dev/null || missing+=(ninja)
+  command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || missing+=("a C++ compiler")
+  [ ${#missing[@]} = 0 ] || broken="can't build: $python has no $(printf '%s, ' "${missing[@]}" | sed 's/, $//')"
+}
+
+# Tests that have not begun when the time is nearly over are skipped, so that a report is written.
+pytest_words() {
+  words=(env "VCR_OPS_GPU_TEST_SECONDS=$1" "$python" -m pytest -m gpu -p no:cacheprovider -o addopts= -ra --strict-markers --tb=short --durations=10)
+  [ -n "$quick" ] && words+=(--maxfail=20)
+}
+
+part_tests() {
+  local seconds=$((limit[tests] - 20))
+  [ -n "$quick" ] && seconds=25
+  pytest_words "$seconds"
+  has xdist && words+=(-n "$workers")
+  words+=(tests/gpu --ignore tests/gpu/test_large.py)
+  [ -n "$quick" ] && words+=(-k "parity or graphs or block")
+}
+
+part_large() {
+  pytest_words $((limit[large] - 10))
+  words+=(tests/gpu/test_large.py)
+}
+
+part_sanitizer() {
+  local tool
+  tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  words=("$python" -m tests.gpu.sanitizer_case)
+  if [ -n "$tool" ]; then
+    # No caching allocator: what reaches over the end of a tensor must not fall into another one.
+    words=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 --target-processes application-only "${words[@]}")
+  elif [ -z "$rehearse" ]; then
+    reason="no compute-sanitizer here"
+  fi
+}
+
+bench_words() {
+  words=("$python" -m benchmarks "$@" --device "$device")
+  if [ -n "$rehearse" ]; then
+    words+=(--image-size 32 --batch 2 --stages 1)
+  elif [ -n "$quick" ]; then
+    words+=(--batch 256 --stages 1)
+  fi
+}
+
+part_passes() {
+  bench_words passes
+  words+=(--seconds $((limit[passes] - 15)) --output "$outdir/passes")
+}
+
+part_bench() {
+  local seconds=$((limit[bench] - 25))
+  [ -n "$quick" ] && seconds=60
+  bench_words
+  [ -n "$rehearse" ] && words+=(--levels middle block --block-batch 2 --case-seconds 0.05)
+  [ -n "$quick" ] && words+=(--levels middle --layouts contiguous)
+  words+=(--seconds "$seconds" --output "$outdir/run")
+}
+
+# What a part's log says in one line
+note_of() {
+  case $1 in
+    tests | large) grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error|deselected).* in [0-9.]+s' "$2" | tail -n 1 | tr -d '=' | sed 's/^ *//' ;;
+    sanitizer) grep -E 'ERROR SUMMARY|cases ran' "$2" | tail -n 1 | sed 's/^=* *//' ;;
+    build) grep -E "can't be built|has no " "$2" | tail -n 1 ;;
+    *) grep -E '^(no picture|[0-9]+ of [0-9]+ cases|interrupted|[A-Za-z]*Error)' "$2" | tail -n 1 ;;
+  esac
+}
+
+report=() failed=0
+run_part() {
+  local name=$1 words=() reason='' broken='' start=$SECONDS log status outcome note
+  log=$outdir/$name.log
+  case $name in
+    build) part_build ;;
+    tests) part_tests ;;
+    large) part_large ;;
+    sanitizer) part_sanitizer ;;
+    passes) part_passes ;;
+    bench) part_bench ;;
+  esac
+  if [ -n "$dry" ]; then
+    printf '%-10s at most %3d s:' "$name" "${limit[$name]}"
+    printf ' %q' "${words[@]}"
+    printf '%s\n' "${reason:+   (left out: $reason)}${broken:+   ($broken)}"
+    return
+  fi
+  printf '\n=== %s (at most %d s)\n' "$name" "${limit[$name]}"
+  if [ -n "$reason" ]; then
+    report+=("$(printf '%-10s %-8s %5s    %s' "$name" 'left out' '-' "$reason")")
+    echo "left out: $reason"
+    return
+  fi
+  if [ -n "$broken" ]; then
+    echo "$broken" | tee "$log"
+    status=1
+  else
+    printf '%q ' "${words[@]}" >"$log"
+    echo >>"$log"
+    timeout -k 10 "${limit[$name]}" "${words[@]}" >>"$log" 2>&1
+    status=$?
+    tail -n 12 "$log"
+  fi
+  case $status in
+    0) outcome=passed ;;
+    124 | 137) outcome='too long' ;;
+    *) outcome=FAILED ;;
+  esac
+  # a run in which everything was skipped has shown nothing
+  note=$(note_of "$name" "$log")
+  case $name in
+    tests | large) [ "$status" = 0 ] && ! grep -q passed <<<"$note" && outcome=FAILED status=1 ;;
+  esac
+  [ "$status" = 0 ] || failed=1
+  report+=("$(printf '%-10s %-8s %5d s  %s' "$name" "$outcome" $((SECONDS - start)) "$note")")
+}
+
+if [ -z "$dry" ]; then
+  {
+    date -u +%FT%TZ
+    git log -1 --format='commit %H' 2>/dev/null
+    nvidia-smi 2>&1 || echo "no nvidia-smi"
+    "$python" -c 'import sys, torch; print(sys.version); print(torch.__config__.show())' 2>&1
+    "$python" -c 'import triton; print("triton", triton.__version__)' 2>&1 | tail -n 1
+  } >"$outdir/machine.log"
+  if [ -z "$rehearse" ]; then
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>"$outdir/machine.log" ||
+      die "$python finds no torch with a GPU (see $outdir/machine.log); --rehearse and --dry-run need none"
+  fi
+fi
+
+for name in "${all[@]}"; do
+  case " ${chosen[*]} " in *" $name "*) run_part "$name" ;; esac
+done
+[ -z "$dry" ] || exit 0
+
+results=()
+for file in "$outdir/passes.json" "$outdir/run.json"; do
+  [ -f "$file" ] && results+=("$file")
+done
+{
+  printf '\n%-10s %-8s %7s  %s\n' part outcome time note
+  printf '%s\n' "${report[@]}"
+  printf '%d s in all\n\n' "$SECONDS"
+  [ ${#results[@]} = 0 ] || "$python" -m benchmarks headlines "${results[@]}" 2>&1
+} | tee "$outdir/summary.txt"
+exit $failed

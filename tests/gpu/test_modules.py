@@ -1,0 +1,79 @@
+"""Proves: on the GPU a VCRBlock's training step, under autocast and compiled too, gives the values of the composite;
+and the backend runs that ``auto`` promises."""
+
+import copy
+
+import pytest
+import torch
+
+import python_ref
+import vcr_ops
+from tests.closeness import Closeness, Result
+from tests.small import VARIANTS, assert_same, block, feature_map, middle, results
+
+from .machine import BACKEND, DEVICE, MARKS, REHEARSED, full_float32
+
+pytestmark = MARKS
+
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+LAYOUT = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@TRAINING
+@LAYOUT
+@VARIANT
+def test_block_is_the_composite_s(variant, channels_last, training):
+    ours, composite = (block(b, **VARIANTS[variant]).to(DEVICE).train(training) for b in (BACKEND, "composite"))
+    x = feature_map(3, 16, 6, 5, channels_last=channels_last).to(DEVICE)
+    with full_float32():
+        assert_same(results(ours, x), results(composite, x))
+
+
+def result_of(module, x, autocast):
+    """Output and gradients of the input and the parameters, after a forward under autocast or not."""
+    x = x.clone().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        out = module(x)
+    grad = feature_map(*out.shape, seed=2).to(out.device, out.dtype)
+    named = {"x": x, **dict(module.named_parameters())}
+    found = torch.autograd.grad(out, list(named.values()), grad)
+    return Result({"out": out.detach()}, dict(zip(named, found, strict=True)))
+
+
+@TRAINING
+@VARIANT
+def test_block_under_autocast(variant, training):
+    """As near to the float64 reference as the literal equations under autocast; parameters' gradients are float32."""
+    ours = block(BACKEND, **VARIANTS[variant]).to(DEVICE).train(training)
+    plain = python_ref.VCRBlock(16, 4, groups=3, base_width=80, **VARIANTS[variant]).to(DEVICE).train(training)
+    plain.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(plain).double()
+    closeness = Closeness(torch.bfloat16, f"block under autocast, {variant}")
+    for seed in range(10):
+        x = feature_map(3, 16, 6, 5, seed=seed + 3).to(DEVICE)
+        result = result_of(ours, x, autocast=True)
+        assert result.outputs["out"].dtype == torch.bfloat16
+        assert all(gradient.dtype == torch.float32 for gradient in result.gradients.values())
+        closeness.add(result, result_of(plain, x, autocast=True), result_of(exact, x.double(), autocast=False))
+    closeness.check()
+
+
+@TRAINING
+@LAYOUT
+@VARIANT
+def test_compiled_values(variant, channels_last, training):
+    torch.compiler.reset()
+    eager = middle(BACKEND, **VARIANTS[variant]).to(DEVICE).train(training)
+    module = copy.deepcopy(eager)
+    call = torch.compile(module, fullgraph=True, dynamic=False)
+    y = feature_map(3, 12, 6, 5, channels_last=channels_last).to(DEVICE)
+    assert_same(results(module, y, call), results(eager, y))
+
+
+@pytest.mark.skipif(bool(REHEARSED), reason="auto takes another backend for CPU tensors")
+def test_auto_takes_triton():
+    y = feature_map(3, 12, 6, 5).to(DEVICE)
+    with torch.no_grad():
+        assert torch.equal(middle("auto").to(DEVICE).eval()(y), middle("triton").to(DEVICE).eval()(y))
+    assert vcr_ops.explain(middle("auto").to(DEVICE), y).backend == "triton"

@@ -1,0 +1,100 @@
+"""scripts/gpu_check.sh says what it would run, refuses wrong usage and rehearses without a GPU; so do the GPU tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("build", "tests", "large", "sanitizer", "passes", "bench")
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+
+
+def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts/gpu_check.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        timeout=300,
+    )
+
+
+def test_dry_run_prints_every_part_and_runs_none(tmp_path):
+    done = check("--dry-run", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(PARTS)
+    assert sum(int(line.split()[3]) for line in lines) < 8 * 60
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--build", "--sanitizer"], ["build", "sanitizer"]),
+        (["--bench"], ["passes", "bench"]),
+        (["--only", "large", "tests"], ["tests", "large"]),
+    ],
+)
+def test_parts_can_be_chosen(arguments, parts, tmp_path):
+    done = check("--dry-run", *arguments, str(tmp_path))
+    assert [line.split()[0] for line in done.stdout.splitlines()] == parts
+
+
+@pytest.mark.parametrize("arguments", [[], ["--fast", "out"], ["--only", "everything"], ["one", "two"]])
+def test_wrong_usage(arguments):
+    done = check("--dry-run", *arguments)
+    assert done.returncode == 2
+    assert done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_run(tmp_path):
+    done = check(str(tmp_path))
+    assert done.returncode == 2
+    assert "--rehearse and --dry-run need none" in done.stderr
+
+
+def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path):
+    environment = {"VCR_OPS_GPU_REHEARSAL": "none"}  # no such backend: every test fails
+    done = check("--rehearse", "--only", "sanitizer", "passes", str(tmp_path), **environment)
+    assert done.returncode == 1
+    table = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in table[2:4]] == [["sanitizer", "FAILED"], ["passes", "passed"]]
+    assert "takes one of 'auto'" in (tmp_path / "sanitizer.log").read_text()
+    assert (tmp_path / "passes.json").is_file()
+    assert "training step of the middle: at most" in done.stdout
+
+
+def rehearse(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VCR_OPS_GPU_REHEARSAL": "composite", **environment},
+        timeout=300,
+    )
+
+
+def test_gpu_tests_pass_in_a_rehearsal():
+    """Not all of them: parity, gradients and layouts are the CPU's own tests over again."""
+    done = rehearse(
+        "tests/gpu/test_graphs.py", "tests/gpu/test_large.py", "tests/gpu/test_modules.py", "-k", "not compiled"
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+def test_gpu_tests_are_skipped_when_the_time_is_over():
+    done = rehearse("tests/gpu/test_large.py", VCR_OPS_GPU_TEST_SECONDS="0")
+    assert "4 skipped" in done.stdout
+    assert "out of time" in done.stdout
