@@ -164,4 +164,5 @@ def backward(
         BN=rows_at_once(c2 * pt2, N),
         num_warps=4,
     )
-    return dh, *gradients
+    dedge, dweight, dbias = gradients
+    return dh, dedge, dweight, dbias

@@ -91,8 +91,7 @@ def backward(
     gradients = [z.new_empty((0,), dtype=acc) if w is None else w.new_empty(w.shape) for w in parameters]
     to = [None if w is None else x for w, x in zip(parameters, gradients, strict=True)]
     extra = dattention is not None
-    if extra:
-        dattention = dattention.contiguous()
+    dattention = dense(dattention)
 
     def numbers(count: int) -> Tensor:
         return z.new_empty((count,), dtype=acc)
