@@ -73,7 +73,7 @@ EVERYTHING = Choices(tuple(DTYPES), LAYOUTS, GRAD_LAYOUTS, tuple(SIZES))
 # as small (configs.json), so that loops and tails are run all the same.
 INTERPRETED = Choices(
     tuple(GPU_DTYPES),
-    ("contiguous", "channels_last", "sliced_channels", "expanded"),
+    ("contiguous", "channels_last", "sliced_channels"),
     ("contiguous", "channels_last", "permuted"),
     ("N3C4p4S1", "N2C1p5S9", "N2C3p1S15", "N1C3p5S65"),
 )
