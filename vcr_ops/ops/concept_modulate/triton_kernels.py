@@ -150,7 +150,8 @@ def backward_sweep(
         m = tl.zeros((1, 1), ACC)
         if PIXEL:
             logits = tl.sum(yhat * v[:, :, None], 1)
-            m = tl.exp(logits - maximum[:, None])
+            # past the end a logit may be far above the maximum, and inf * 0 is not 0
+            m = tl.where((i < end)[None, :], tl.exp(logits - maximum[:, None]), 0.0)
         e = tl.where(pre_activation(yhat, m, A1, B1, A0, B0, PIXEL) <= 0, 0.0, d)
         E0 += e
         E1 += e * yhat

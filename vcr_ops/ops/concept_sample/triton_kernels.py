@@ -346,7 +346,8 @@ def sampler_backward(
 def attention_at(rows, some, i, end, position, mu, v, maximum, total, LAST: tl.constexpr, ACC: tl.constexpr):
     """(yhat, attention) at the positions ``i``, recomputed."""
     yhat = load_tile(rows, some, i, end, position, LAST, ACC) - mu[:, :, None]
-    return yhat, tl.exp(tl.sum(yhat * v[:, :, None], 1) - maximum[:, None]) / total[:, None]
+    a = tl.exp(tl.sum(yhat * v[:, :, None], 1) - maximum[:, None]) / total[:, None]
+    return yhat, tl.where((i < end)[None, :], a, 0.0)
 
 
 @triton.jit
