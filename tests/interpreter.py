@@ -108,6 +108,7 @@ class InChild:
     """Leaves only the marked tests, and writes their reports where the parent waits for them."""
 
     def __init__(self) -> None:
+        self.parent = os.getppid()
         self.path = os.environ.get(REPORTS)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -124,6 +125,8 @@ class InChild:
             data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
             with open(self.path, "a") as file:
                 file.write(json.dumps(data) + "\n")
+            if os.getppid() != self.parent:
+                pytest.exit("the process that waits for the reports is gone")
 
 
 def plugin() -> object:

@@ -150,7 +150,8 @@ def backward_sweep(
         m = tl.zeros((1, 1), ACC)
         if PIXEL:
             logits = tl.sum(yhat * v[:, :, None], 1)
-            # past the end a logit may be far above the maximum, and inf * 0 is not 0
+            # Outside the map yhat is -mu, far from every position where mu is large: exp may be infinite there, and
+            # infinity times the zeros of e is NaN.
             m = tl.where((i < end)[None, :], tl.exp(logits - maximum[:, None]), 0.0)
         e = tl.where(pre_activation(yhat, m, A1, B1, A0, B0, PIXEL) <= 0, 0.0, d)
         E0 += e
@@ -285,12 +286,13 @@ def merge_sums(
 
 @triton.jit
 def attention_top(attention, n, c, S, C: tl.constexpr, CB: tl.constexpr, BS: tl.constexpr, ACC: tl.constexpr):
-    """(CB,): the largest attention of each concept."""
+    """(CB,): the largest attention of each concept; NaN where one of them is."""
     top = tl.zeros((CB, BS), ACC)
     for start in range(0, S, BS):
         i = start + tl.arange(0, BS)
         top = tl.maximum(top, load_attention(attention, n, c, i, S, C, ACC), propagate_nan=tl.PropagateNan.ALL)
-    return tl.max(top, 1)
+    nans = tl.sum(tl.where(top == top, 0, 1), 1)  # tl.max passes over them
+    return tl.where(nans > 0, float("nan"), tl.max(top, 1))
 
 
 @triton.jit

@@ -237,9 +237,10 @@ def state_norm_backward(
     sum1 = (sum_images(parts + 2 * PT, N, k, 3, PT, ROWS) - mean * sum0) * rstd  # of dstate xhat
     if n == 0:
         if dweight is not None:
-            tl.store(dweight + k, sum1.to(dweight.dtype.element_ty), mask=k < PT)
+            # by way of ACC: the interpreter can't make bfloat16 of float64
+            tl.store(dweight + k, sum1.to(ACC).to(dweight.dtype.element_ty), mask=k < PT)
         if dbias is not None:
-            tl.store(dbias + k, sum0.to(dbias.dtype.element_ty), mask=k < PT)
+            tl.store(dbias + k, sum0.to(ACC).to(dbias.dtype.element_ty), mask=k < PT)
     gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
     share = 1.0 / (scalar(N).to(tl.float64) * C)
     for start in range(0, C, CB):

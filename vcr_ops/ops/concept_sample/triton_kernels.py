@@ -344,10 +344,10 @@ def sampler_backward(
 
 @triton.jit
 def attention_at(rows, some, i, end, position, mu, v, maximum, total, LAST: tl.constexpr, ACC: tl.constexpr):
-    """(yhat, attention) at the positions ``i``, recomputed."""
+    """(yhat, attention) at the positions ``i``, recomputed; no attention outside the map, where exp may be infinite."""
     yhat = load_tile(rows, some, i, end, position, LAST, ACC) - mu[:, :, None]
-    a = tl.exp(tl.sum(yhat * v[:, :, None], 1) - maximum[:, None]) / total[:, None]
-    return yhat, tl.where((i < end)[None, :], a, 0.0)
+    logits = tl.sum(yhat * v[:, :, None], 1)
+    return yhat, tl.where((i < end)[None, :], tl.exp(logits - maximum[:, None]), 0.0) / total[:, None]
 
 
 @triton.jit
