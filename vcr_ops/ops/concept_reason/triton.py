@@ -98,7 +98,7 @@ def backward(
     saved: Tensor,
     edges: str,
     batch: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The op ``concept_reason_backward``."""
     h, edge, weight = h.contiguous(), dense(edge), dense(weight)
     N, C, pt = h.shape

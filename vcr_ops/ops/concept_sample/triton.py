@@ -36,7 +36,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``concept_sample``."""
-    size = sizes_of(z, *value.shape)
+    size = sizes_of(z, value.shape)
     N, C, p, pt, S = size[:5]
     acc = acc_dtype(z.dtype)
     saved = 3 * N * C * p + N * C * pt + 3 * N * C + N * C * p * pt if save else 0
@@ -83,7 +83,7 @@ def backward(
     sampler: str,
 ) -> tuple[Tensor, ...]:
     """The op ``concept_sample_backward``."""
-    size = sizes_of(z, *value.shape)
+    size = sizes_of(z, value.shape)
     N, C, p, pt, S = size[:5]
     acc = acc_dtype(z.dtype)
     dz = empty_map_like(z)
@@ -91,8 +91,7 @@ def backward(
     gradients = [z.new_empty((0,), dtype=acc) if w is None else w.new_empty(w.shape) for w in parameters]
     to = [None if w is None else x for w, x in zip(parameters, gradients, strict=True)]
     extra = dattention is not None
-    if extra:
-        dattention = dattention.contiguous()
+    dattention = dense(dattention)
 
     def numbers(count: int) -> Tensor:
         return z.new_empty((count,), dtype=acc)
