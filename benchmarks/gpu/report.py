@@ -116,7 +116,8 @@ def steps_picture(results: dict[str, Any], rows: Sequence[GpuRow], path: Path) -
             if case[0].copy_ms is not None:
                 axis.hlines(case[0].copy_ms, place - 0.42, place + 0.42, color="black", linestyle="--", linewidth=1)
         axis.set_xticks(range(len(cases)), [f"stage {c[0].stage}" if c[0].stage else "vcrnet50" for c in cases])
-        axis.set_yscale("log")
+        if level == "middle":
+            axis.set_yscale("log")
         what = "training" if mode == "train" else "evaluation"
         axis.set_title(f"{level}, {what}, N={batch}, {dtype}, {layout}; ms", fontsize=8)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=_colour(order, name), label=title) for name, title in titles]

@@ -63,21 +63,26 @@ VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const SampleArgs<A
       A1[j] = abar[j] * a.s[j];
       B1[j] = scaled_offset(abar[j], a.b[j]) + bbar[j];
     }
-  } else if constexpr (sizeof(A) == 4 && P > 0 && P % 4 == 0) {  // spelled out: for the compiler, the arrays might overlap
-    for (int j = 0; j < P; j += 4) {
-      const quad alpha = load_quad(abar + j) + load_quad(scale_bias + j);
-      const quad beta = alpha * load_quad(b + j) + load_quad(bbar + j) + load_quad(shift_bias + j);
-      store_quad(A0 + j, alpha * load_quad(s + j));
-      store_quad(B0 + j, beta);
-    }
   } else {
     bool infinite = false;
-    for (int64_t j = 0; j < p; ++j) {
-      const A alpha = abar[j] + scale_bias[j];
-      A0[j] = alpha * a.s[j];
-      B0[j] = scaled_offset(alpha, a.b[j]) + bbar[j] + shift_bias[j];
-      A1[j] = a.mu[j];
-      infinite |= alpha - alpha != 0;
+    if constexpr (sizeof(A) == 4 && P > 0 && P % 4 == 0) {  // spelled out: for the compiler, the arrays might overlap
+      quad none = splat_quad(0);
+      for (int j = 0; j < P; j += 4) {
+        const quad alpha = load_quad(abar + j) + load_quad(scale_bias + j);
+        store_quad(A0 + j, alpha * load_quad(a.s + j));
+        store_quad(B0 + j, alpha * load_quad(a.b + j) + load_quad(bbar + j) + load_quad(shift_bias + j));
+        store_quad(A1 + j, load_quad(a.mu + j));
+        none = none + (alpha - alpha);
+      }
+      for (int j = 0; j < 4; ++j) infinite |= none[j] != 0;
+    } else {
+      for (int64_t j = 0; j < p; ++j) {
+        const A alpha = abar[j] + scale_bias[j];
+        A0[j] = alpha * a.s[j];
+        B0[j] = alpha * a.b[j] + bbar[j] + shift_bias[j];
+        A1[j] = a.mu[j];
+        infinite |= alpha - alpha != 0;
+      }
     }
     if (!infinite) return;
     for (int64_t j = 0; j < p; ++j) {

@@ -1,5 +1,6 @@
 """The sizes of a case, and what the launchers take from them: tiles, splits, grids."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,8 +47,9 @@ class Sizes(NamedTuple):
         }
 
 
-def sizes_of(y: Tensor, concepts: int, p: int, pt: int) -> Sizes:
-    """The sizes of a case."""
+def sizes_of(y: Tensor, weight: Sequence[int]) -> Sizes:
+    """The sizes of a case; ``weight`` is (C, p, pt)."""
+    concepts, p, pt = weight
     return Sizes(y.shape[0], concepts, p, pt, positions(y), y.element_size(), map_view(y), arch(y.device))
 
 

@@ -20,8 +20,7 @@ def forward(
 ) -> Tensor:
     """The op ``concept_modulate``."""
     pt = state.shape[2]
-    concepts, p = scale_bias.shape
-    size = sizes_of(z, concepts, p, pt)
+    size = sizes_of(z, (*scale_bias.shape, pt))
     out = empty_map_like(z)
     found = size.config("concept_modulate")
     chunks = splits_of(found, size.S)
@@ -62,8 +61,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The op ``concept_modulate_backward``."""
     pt = state.shape[2]
-    concepts, p = scale_bias.shape
-    size = sizes_of(z, concepts, p, pt)
+    size = sizes_of(z, (*scale_bias.shape, pt))
     N, C, p, _, S = size[:5]
     dz, acc = empty_map_like(z), acc_dtype(z.dtype)
     inputs = (state, scale_weight, shift_weight, scale_bias, shift_bias, attention)

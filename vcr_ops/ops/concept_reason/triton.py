@@ -98,7 +98,7 @@ def backward(
     saved: Tensor,
     edges: str,
     batch: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The op ``concept_reason_backward``."""
     h, edge, weight = h.contiguous(), dense(edge), dense(weight)
     N, C, pt = h.shape
@@ -164,5 +164,4 @@ def backward(
         BN=rows_at_once(c2 * pt2, N),
         num_warps=4,
     )
-    dedge, dweight, dbias = gradients
-    return dh, dedge, dweight, dbias
+    return dh, *gradients

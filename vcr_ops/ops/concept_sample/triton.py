@@ -36,7 +36,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``concept_sample``."""
-    size = sizes_of(z, *value.shape)
+    size = sizes_of(z, value.shape)
     N, C, p, pt, S = size[:5]
     acc = acc_dtype(z.dtype)
     saved = 3 * N * C * p + N * C * pt + 3 * N * C + N * C * p * pt if save else 0
@@ -83,7 +83,7 @@ def backward(
     sampler: str,
 ) -> tuple[Tensor, ...]:
     """The op ``concept_sample_backward``."""
-    size = sizes_of(z, *value.shape)
+    size = sizes_of(z, value.shape)
     N, C, p, pt, S = size[:5]
     acc = acc_dtype(z.dtype)
     dz = empty_map_like(z)

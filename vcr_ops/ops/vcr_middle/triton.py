@@ -72,7 +72,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op ``vcr_middle``."""
-    size = sizes_of(y, *value.shape)
+    size = sizes_of(y, value.shape)
     N, C, p, pt, S = size[:5]
     view, acc = size.view, acc_dtype(y.dtype)
     out = empty_map_like(y)
@@ -272,7 +272,7 @@ def backward(
     modulation: str,
 ) -> tuple[Tensor, ...]:
     """The op ``vcr_middle_backward``."""
-    size = sizes_of(y, *value.shape)
+    size = sizes_of(y, value.shape)
     N, C, p, pt, S = size[:5]
     view, acc = size.view, acc_dtype(y.dtype)
     dy = empty_map_like(y)
