@@ -1,0 +1,41 @@
+"""Any C, p and pt: what doesn't fit a tile is taken block by block. Small limits make small problems take that way."""
+
+import pytest
+import torch
+
+from tests.grid import Case
+from tests.ops import adapters
+
+CASES = [
+    Case("vcr_middle", "dynamic", edges, modulation, "both", norm, state, dtype="f64", layout=layout, size="N2C3p1S15")
+    for edges, modulation, norm, state, layout in (
+        ("dynamic", "pixel", "batch", "batch", "channels_last"),
+        ("static", "channel", "given", "given", "contiguous"),
+    )
+] + [Case("concept_reason", edges="dynamic", state="batch", dtype="f64", layout=None, size="N2C4p3S7")]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vcr_ops.ops.concept_reason import triton as reason
+    from vcr_ops.ops.vcr_middle import triton as middle
+    from vcr_ops.triton_common import sizes
+
+    monkeypatch.setattr(sizes, "SMALL_TILE", 4)
+    monkeypatch.setattr(reason, "SMALL_TILE", 8)
+    monkeypatch.setattr(middle, "SMALL_TILE", 4)
+    monkeypatch.setattr(middle, "MERGED_TILE", 0)
+    monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
+    adapter = adapters()[case.op]
+    inputs, gradients = adapter.draw(case)
+    ours = adapter.our_result(inputs, gradients, case, "triton").tensors()
+    for name, expected in adapter.our_result(inputs, gradients, case, "composite").tensors().items():
+        torch.testing.assert_close(
+            ours[name], expected, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    with torch.no_grad():
+        outputs = adapter.ours(adapter.leaves(inputs, case), case, "triton")
+    torch.testing.assert_close(
+        outputs, adapter.ours(adapter.leaves(inputs, case), case, "composite"), rtol=1e-10, atol=1e-12
+    )
