@@ -53,10 +53,22 @@ def coefficients(
     scale = load_channels(scale_bias, scalar(0), c, j, C, P, ACC)
     shift = load_channels(shift_bias, scalar(0), c, j, C, P, ACC)
     if PIXEL:
-        return s * abar, tl.fma(abar, b, bbar), s * scale, tl.fma(scale, b, shift)
+        # abar may be infinite, and infinity times 0 is not 0
+        return s * abar, tl.where(b == 0.0, bbar, tl.fma(abar, b, bbar)), s * scale, tl.fma(scale, b, shift)
     else:
         both = abar + scale
-        return abar, bbar, s * both, tl.fma(both, b, bbar + shift)
+        offset = bbar + shift
+        return abar, bbar, s * both, tl.where(both - both == 0.0, tl.fma(both, b, offset), offset)
+
+
+@triton.jit
+def centre_of(mu, s, b, A0, PIXEL: tl.constexpr):
+    """What channel modulation subtracts from y: mu, but mu - b / s where alpha is infinite, so that alpha z is
+    alpha s (y - centre) and not a difference of infinities; coefficients leaves b out there."""
+    if PIXEL:
+        return mu
+    else:
+        return tl.where(A0 - A0 == 0.0, mu, mu - b / s)
 
 
 @triton.jit

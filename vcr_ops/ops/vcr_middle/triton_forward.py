@@ -25,7 +25,7 @@ from ...triton_common.blocks import (
     store_states,
 )
 from ...triton_common.channel_stats import merge_rows, pivot_of
-from ..concept_modulate.triton_kernels import coefficients, modulate_sweep, project_state
+from ..concept_modulate.triton_kernels import centre_of, coefficients, modulate_sweep, project_state
 from ..concept_reason.triton_kernels import (
     edges_row,
     exchange,
@@ -478,6 +478,7 @@ def concept_modulate(
             store_channels(per_image(saved, N, 3, C, P), n, c, j, abar, C, P)
             store_channels(per_image(saved, N, 4, C, P), n, c, j, bbar, C, P)
     A1, B1, A0, B0 = coefficients(abar, bbar, s, b, scale_bias, shift_bias, c, j, PIXEL, C, P, ACC)
+    mu = centre_of(mu, s, b, A0, PIXEL)
     rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
     out_rows, _ = map_tile(out, n, out_image, out_channel, out_position, c, j, C, P, LAST)
     begin, end = split_range(chunk, scalar(S), BS, CHUNKS)
