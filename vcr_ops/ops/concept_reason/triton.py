@@ -162,6 +162,6 @@ def backward(
         C2=c2,
         EDGES=edges,
         BN=rows_at_once(c2 * pt2, N),
-        num_warps=4,
+        num_warps=8,
     )
     return dh, *gradients

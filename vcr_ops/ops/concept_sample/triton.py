@@ -139,8 +139,8 @@ def backward(
         PT2=power_of_two(pt),
         SAMPLER=sampler,
         EXTRA=extra,
-        BN=rows_at_once(power_of_two(p) * power_of_two(pt), max(N, 1)),
-        num_warps=4,
+        BN=rows_at_once(power_of_two(p) * power_of_two(pt), N),
+        num_warps=8,
     )
     found = size.config("middle_input_grad")
     chunks = splits_of(found, S)
