@@ -52,8 +52,8 @@ COMPILE_FLAGS = [
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
 ]
-# g++ 12 reports its own AVX-512 headers under -Wmaybe-uninitialized.
-WARNING_FLAGS = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+# g++ 12 reports its own AVX-512 headers under -Wuninitialized and -Wmaybe-uninitialized.
+WARNING_FLAGS = ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_LEVELS: dict[str, list[str]] = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
