@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("run", "passes", "overhead", "readme", "picture", "headlines")
+COMMANDS = ("run", "passes", "overhead", "readme", "picture", "headlines", "tune")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
@@ -39,6 +39,7 @@ commands (none: run):
   readme    write the README's table from a results file
   picture   draw a results file: latency beside the bandwidth floor
   headlines the figures that a GPU's results files are looked at for
+  tune      time configurations of the Triton kernels on this GPU, and put the fastest into the shipped table
 `run` and `passes` take --device cuda, which has options of its own.
 `python -m benchmarks COMMAND --help` shows a command's options.
 """
@@ -364,8 +365,13 @@ def picture(options: argparse.Namespace, argv: Sequence[str]) -> int:
 def _device(command: str, argv: list[str]) -> tuple[str, list[str]]:
     """The device that ``--device`` names, and the other arguments."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", add_help=False, allow_abbrev=False)
-    devices = ("cpu", "cuda", "rehearsal") if command in ("run", "passes") else ("cpu",)
-    parser.add_argument("--device", choices=devices, default="cpu")
+    devices = {
+        "run": ("cpu", "cuda", "rehearsal"),
+        "passes": ("cpu", "cuda", "rehearsal"),
+        "tune": ("cuda", "rehearsal"),
+    }
+    choices = devices.get(command, ("cpu",))
+    parser.add_argument("--device", choices=choices, default=choices[0])
     known, rest = parser.parse_known_args(argv)
     return known.device, rest
 
@@ -376,6 +382,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
     try:
         device, rest = _device(command, rest)
+        if command == "tune":
+            from .gpu.tune import main as tune
+
+            return tune(device, rest)
         if device != "cpu":
             from .gpu.command import main as on_gpu
 

@@ -126,8 +126,9 @@ class Result(NamedTuple):
             return self.error
         if self.spills:
             return f"spills {self.spills} bytes"
-        limit = SHARED_LIMIT[arch]
-        return f"takes {self.shared} bytes of shared memory of {limit}" if self.shared > limit else ""
+        limit = SHARED_LIMIT.get(arch)
+        over = limit is not None and self.shared > limit
+        return f"takes {self.shared} bytes of shared memory of {limit}" if over else ""
 
 
 class _StandIn:
@@ -220,11 +221,12 @@ def kernels(problems: Iterable[tuple[str, Problem]]) -> list[Kernel]:
     found: dict[Kernel, None] = {}
     for arch, problem in problems:
         for launch in record.launches(problem, arch):
-            found.setdefault(_kernel(launch, arch, problem))
+            found.setdefault(kernel_of(launch, arch, problem))
     return sorted(found, key=lambda kernel: (kernel.name, ARCHS.index(kernel.arch)))
 
 
-def _kernel(launch: Launch, arch: str, problem: Problem) -> Kernel:
+def kernel_of(launch: Launch, arch: str, problem: Problem) -> Kernel:
+    """What there is to compile for a launch."""
     return Kernel(launch.kernel, tuple(map(argument, launch.args)), tuple(launch.options.items()), arch, problem)
 
 
@@ -247,13 +249,16 @@ def results(wanted: list[Kernel], jobs: int, cache: Path | None = None) -> Itera
             yield kernel, known[kernel.key]
     # Kernels can't be pickled: the processes are forked, and find them by number.
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        done = pool.map(_compile_number, range(len(_worker_kernels)), chunksize=4)
-        for kernel, result in zip(_worker_kernels, done, strict=True):
-            if cache is not None and not result.error:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                with cache.open("a") as file:
-                    file.write(json.dumps((kernel.key, result)) + "\n")
-            yield kernel, result
+        done = pool.map(_compile_number, range(len(_worker_kernels)))
+        try:
+            for kernel, result in zip(_worker_kernels, done, strict=True):
+                if cache is not None and not result.error:
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    with cache.open("a") as file:
+                        file.write(json.dumps((kernel.key, result)) + "\n")
+                yield kernel, result
+        finally:  # whoever asked may want no more
+            pool.shutdown(cancel_futures=True)
 
 
 def default_cache() -> Path:

@@ -10,9 +10,10 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..explain import op_arguments
@@ -41,8 +42,8 @@ class Problem:
 
 
 @contextmanager
-def recording(arch: str) -> Iterator[list[Launch]]:
-    """Collect the launches made inside, instead of running them, as on a device of ``arch``."""
+def holding() -> Iterator[list[Launch]]:
+    """Collect the launches made inside, instead of running them."""
     launches: list[Launch] = []
 
     def keep(launch: Launch) -> bool:
@@ -51,10 +52,16 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
     hooks.append(keep)
     try:
-        with configs.pretend(arch), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            yield launches
+        yield launches
     finally:
         hooks.remove(keep)
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, as on a device of ``arch``, which isn't here: tensors have no memory."""
+    with configs.pretend(arch), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), holding() as launches:
+        yield launches
 
 
 def launches(problem: Problem, arch: str) -> list[Launch]:
@@ -67,28 +74,42 @@ def launches(problem: Problem, arch: str) -> list[Launch]:
 
 def middle_launches(problem: Problem, arch: str) -> tuple[list[Launch], list[Launch]]:
     """(forward, backward) of the fused middle; nothing backward in evaluation."""
-    channels, training = problem.concepts * problem.p, problem.mode == "training"
-    middle = VisualConceptReasoning(
-        channels,
+    middle = middle_of(problem)
+    with recording(arch) as launches:
+        middle.to_empty(device="cuda")
+        y = _map(problem, problem.concepts * problem.p)
+        out, *_, saved = run_forward(middle, y)
+        forward = launches.copy()
+        launches.clear()
+        if middle.training:
+            run_backward(middle, y, torch.empty_like(out), saved)
+    return forward, launches
+
+
+def middle_of(problem: Problem) -> nn.Module:
+    """The module, in the problem's mode."""
+    return VisualConceptReasoning(
+        problem.concepts * problem.p,
         problem.concepts,
         sampler=problem.sampler,
         edges=problem.edges,
         modulation=problem.modulation,
         affine=problem.affine,
-    ).train(training)
+    ).train(problem.mode == "training")
+
+
+def run_forward(middle: Any, y: Tensor) -> tuple[Tensor, ...]:
+    """What the op ``vcr_middle`` returns on Triton; ``saved`` is the last."""
     triton = importlib.import_module("vcr_ops.ops.vcr_middle.triton")
-    with recording(arch) as launches:
-        middle.to_empty(device="cuda")
-        y = _map(problem, channels)
-        arguments = op_arguments(y, middle.bn, middle, "whole", training)
-        out, *_, saved = triton.forward(*arguments, training)
-        forward = launches.copy()
-        launches.clear()
-        if training:
-            state_batch = arguments[10] is None
-            tensors = (y, *arguments[3:10], *arguments[12:18], saved)
-            triton.backward(torch.empty_like(out), *tensors, arguments[18], state_batch, *arguments[21:])
-    return forward, launches
+    return triton.forward(*op_arguments(y, middle.bn, middle, "whole", middle.training), middle.training)
+
+
+def run_backward(middle: Any, y: Tensor, grad_out: Tensor, saved: Tensor) -> tuple[Tensor, ...]:
+    """What the op ``vcr_middle_backward`` returns on Triton, in training."""
+    triton = importlib.import_module("vcr_ops.ops.vcr_middle.triton")
+    arguments = op_arguments(y, middle.bn, middle, "whole", True)
+    tensors = (y, *arguments[3:10], *arguments[12:18], saved)
+    return triton.backward(grad_out, *tensors, arguments[18], arguments[10] is None, *arguments[21:])
 
 
 def op_launches(problem: Problem, arch: str) -> list[Launch]:
