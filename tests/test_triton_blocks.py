@@ -19,6 +19,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from vcr_ops.ops.concept_reason import triton as reason
+    from vcr_ops.ops.concept_sample import triton as sample
     from vcr_ops.ops.vcr_middle import triton as middle
     from vcr_ops.triton_common import sizes
 
@@ -27,6 +28,7 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middle, "SMALL_TILE", 4)
     monkeypatch.setattr(middle, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
+    monkeypatch.setattr(sample, "ONE_TILE", 0)
     adapter = adapters()[case.op]
     inputs, gradients = adapter.draw(case)
     ours = adapter.our_result(inputs, gradients, case, "triton").tensors()

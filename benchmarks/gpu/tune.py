@@ -9,7 +9,8 @@ faster beyond noise becomes a rule for this architecture, in front of the table 
 What is timed is a CUDA graph of the kernel and of what its configuration changes besides it, from a flushed L2: what is
 split, for example, has to be merged by the next kernel (``TIMED``). All other kernels have the shipped configurations.
 
-A rule for some batches alone makes the order of an image's sums, and so its last bits, depend on the batch it is in.
+An image's evaluation doesn't depend on its batch: the kernels that give it (``configs.BATCH_FREE``) are tuned for the
+largest batch alone, and their rules hold for any.
 """
 
 from __future__ import annotations
@@ -40,12 +41,11 @@ from .device import Device
 
 Config = dict[str, int]
 
-# By the kernel that is configured: the launches that are timed. The sampler's splits are merged by the reasoner, in
-# evaluation by the modulator, which has no reasoner before it then; there they also need the means beforehand.
+# By the kernel that is configured: the launches that are timed. The sampler's splits are merged by the reasoner.
 TIMED = {
     "channel_stats": ("channel_stats", "concept_sample"),
     "concept_sample": ("concept_sample", "concept_reason"),
-    "concept_sample_inference": ("channel_stats", "concept_sample", "concept_modulate"),
+    "concept_sample_inference": ("concept_sample",),
     "concept_modulate": ("concept_modulate",),
     "modulate_backward_sums": ("modulate_backward_sums", "state_gradients"),
     "middle_input_grad": ("middle_input_grad",),
@@ -291,12 +291,14 @@ def new_rules(outcomes: Iterable[Outcome], batches: Sequence[int], arch: str) ->
     rules: list[configs.Rule] = []
     latest: Outcome | None = None  # what the last rule ends with
     ordered = sorted(set(batches))
+    free = configs.BATCH_FREE
     won = sorted(
-        (each for each in outcomes if each.beyond_noise),
+        (each for each in outcomes if each.beyond_noise and (each.kernel not in free or each.problem.n == ordered[-1])),
         key=lambda each: (*_where(each), each.problem.n),
     )
     for each in won:
         problem, (low, high) = each.problem, between(ordered, each.problem.n)
+        batch = {} if each.kernel in free else {"N": [low, high]}
         if (
             latest is not None
             and _where(latest) == _where(each)
@@ -313,7 +315,7 @@ def new_rules(outcomes: Iterable[Outcome], batches: Sequence[int], arch: str) ->
                     "layout": problem.layout,
                     "p": [problem.p // 2 + 1 if problem.p > 4 else None, problem.p],
                     "S": [-(-positions // 4), 4 * positions],
-                    "N": [low, high],
+                    **batch,
                     "itemsize": problem.dtype.itemsize,
                     "config": {name: each.best[name] for name in configs.FIELDS},
                 }

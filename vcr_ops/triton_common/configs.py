@@ -8,7 +8,7 @@ They stand in ``configs.json``, an ordered list of rules. A rule is an object wi
     p, S, N   [lowest, highest], both included; null is no bound
     itemsize  bytes of a feature, or a list of them
     config    BS: positions per tile. CB: concepts per tile. num_warps, num_stages. splits: how many programs share the
-              positions of an image
+              positions of an image (of a sampler in evaluation: none)
 
 A condition that is missing holds for everything, and the first rule whose conditions all hold gives its ``config``. The
 last one has no conditions. ``python -m benchmarks tune`` measures on the GPU at hand and puts rules for it in front.
@@ -28,6 +28,8 @@ from typing import Any
 import torch
 
 PATH = Path(__file__).with_name("configs.json")
+# What these give an image in evaluation must not depend on its batch, so rules with an ``N`` don't hold for them.
+BATCH_FREE = ("concept_sample_inference", "concept_modulate")
 FIELDS = ("BS", "CB", "num_warps", "num_stages", "splits")
 Rule = dict[str, Any]
 
@@ -67,6 +69,8 @@ def check(table: list[Rule]) -> None:
 
 
 def _holds(rule: Rule, names: dict[str, str | int], sizes: dict[str, int]) -> bool:
+    if "N" in rule and names["kernel"] in BATCH_FREE:
+        return False
     for field, value in names.items():
         allowed = rule.get(field, value)
         if value not in (allowed if isinstance(allowed, list) else [allowed]):

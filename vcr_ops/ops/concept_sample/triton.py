@@ -9,7 +9,6 @@ from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sizes_of,
 from . import triton_kernels as kernels
 
 ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
-PER_THREAD = 32
 
 
 def sample_config(size: Sizes, save: bool) -> dict[str, int]:
@@ -18,7 +17,7 @@ def sample_config(size: Sizes, save: bool) -> dict[str, int]:
     whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
     if save or whole > ONE_TILE:
         return found
-    return {**found, "BS": power_of_two(size.S), "splits": 1, "num_warps": max(4, whole // (32 * PER_THREAD))}
+    return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // 1024)}
 
 
 def _constants(size: Sizes) -> dict[str, object]:

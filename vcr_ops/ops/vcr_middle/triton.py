@@ -1,4 +1,4 @@
-"""The middle on Triton: 4 launches forward in training (2 or 3 in evaluation) and 5 backward."""
+"""The middle on Triton: 4 launches forward in training (2 in evaluation) and 5 backward."""
 
 import torch
 from torch import Tensor
@@ -104,12 +104,12 @@ def forward(
     value, query, key, logit = value.contiguous(), dense(query), dense(key), dense(logit)
     edge, state_mean, state_var = dense(edge), dense(state_mean), dense(state_var)
     common = {**size.map_constants, "PT": pt, "PT2": power_of_two(pt)}
-    whole = {"C2": power_of_two(C)}
 
-    # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
+    # An image's evaluation must not depend on its batch, so it is never split: how far hangs on N.
     found = sample_config(size, save)
-    splits = splits_of(found, S) if mergeable(size) else 1
+    splits = splits_of(found, S) if save and mergeable(size) else 1
     one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
+    # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
     stats_found = size.config("channel_stats")
     stats, image_means, stats_rows, stats_splits, per_group = None, None, 0, 1, 1
     if batch or splits > 1:
@@ -136,7 +136,7 @@ def forward(
             **options(stats_found),
         )
     # pass 2
-    parts = numbers(N * splits * C * (2 + p + (p * pt if save else 0))) if splits > 1 else None
+    parts = numbers(N * splits * C * (2 + p + p * pt)) if splits > 1 else None
     launch(
         triton_forward.concept_sample,
         (N * splits, cdiv(C, found["CB"])),
@@ -174,7 +174,6 @@ def forward(
         ROWS=rows_at_once(found["CB"] * power_of_two(p), max(stats_rows, 1)),
         **options(found),
     )
-    merge = splits > 1 and sampler != "pool"
     reasoned = state_batch or save
     state_parts = None
     if reasoned:
@@ -191,11 +190,11 @@ def forward(
             state_parts,
             N,
             **{name: x for name, x in common.items() if name != "LAST"},
-            **whole,
+            C2=power_of_two(C),
             NORM=norm,
             EDGES=edges,
             SAVE=save,
-            MERGE=merge,
+            MERGE=splits > 1 and sampler != "pool",
             SPLITS=splits,
             **exchange_blocks(C, pt),
             num_warps=4,
@@ -210,7 +209,6 @@ def forward(
         *view.strided,
         *map_view_like(out, view).strided,
         norm_bias,
-        value,
         edge,
         state_mean,
         state_var,
@@ -221,23 +219,19 @@ def forward(
         scale_bias.contiguous(),
         shift_bias.contiguous(),
         saved,
-        parts,
         state_parts,
         batch_state_mean,
         batch_state_var,
         N,
         S,
         **common,
-        **whole,
         NORM=norm,
         EDGES=edges,
         PIXEL=modulation == "pixel",
         STATE_BATCH=state_batch,
         STATE_EPS=state_eps,
         REASONED=reasoned,
-        MERGE=merge,
         SAVE=save,
-        SPLITS=splits,
         CHUNKS=chunks,
         DB=exchange_blocks(C, pt)["DB"],
         CB=found["CB"],

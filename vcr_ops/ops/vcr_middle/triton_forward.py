@@ -1,8 +1,7 @@
 """The middle's kernels, forward: sampler and modulator with the batch norms folded in.
 
 Training: channel_stats (1R), concept_sample (1R), concept_reason, concept_modulate (1R + 1W). Evaluation:
-concept_sample and concept_modulate, whose prologue does the reasoning; where images are split, channel_stats goes
-before.
+concept_sample and concept_modulate, whose prologue does the reasoning.
 """
 
 import triton
@@ -385,7 +384,6 @@ def concept_modulate(
     out_channel,
     out_position,
     norm_bias,
-    value,
     edge,
     state_mean,
     state_var,
@@ -396,7 +394,6 @@ def concept_modulate(
     scale_bias,
     shift_bias,
     saved,
-    parts,
     state_parts,
     batch_state_mean,
     batch_state_var,
@@ -408,13 +405,10 @@ def concept_modulate(
     STATE_BATCH: tl.constexpr,
     STATE_EPS: tl.constexpr,
     REASONED: tl.constexpr,
-    MERGE: tl.constexpr,
     SAVE: tl.constexpr,
-    SPLITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     DB: tl.constexpr,
     C: tl.constexpr,
-    C2: tl.constexpr,
     P: tl.constexpr,
     P2: tl.constexpr,
     PT: tl.constexpr,
@@ -441,19 +435,6 @@ def concept_modulate(
         g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, ACC)
         if PIXEL:
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
-    elif MERGE:
-        d = tl.arange(0, C2)
-        h, tops, _, _, _ = finish_sample(
-            parts, saved, norm_bias, value, n, N, d, j, k, NORM, False, SPLITS, C, P, P2, PT, PT2, C2, ACC
-        )
-        mine = c[:, None] == d[None, :]
-        h_mine = tl.sum(tl.where(mine[:, :, None], h[None, :, :], 0.0), 1)
-        if PIXEL:
-            maximum = tl.sum(tl.where(mine, tops[None, :], 0.0), 1)
-        g = h_mine
-        if EDGES != "none":
-            a = edges_row(h_mine, edge, c, d, k, EDGES, C, PT, ACC)
-            g = h_mine + tl.sum(a[:, :, None] * h[None, :, :], 1)
     else:
         h_from = states_at(saved, N, 1, C, P, PT)
         h_mine = load_states(h_from, n, c, k, C, PT, ACC)
