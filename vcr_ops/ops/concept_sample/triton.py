@@ -98,7 +98,7 @@ def backward(
     K0 = K1 = None
     if extra:
         K0, K1 = numbers(N * C), numbers(N * C * p)
-        found = size.config("modulate_backward_sums")
+        found = size.config("concept_modulate")
         launch(
             kernels.attention_sums,
             (N, cdiv(C, found["CB"])),

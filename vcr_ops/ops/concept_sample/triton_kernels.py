@@ -28,7 +28,6 @@ from ...triton_common.blocks import (
     store_weight_sum,
     weight_of,
 )
-from ...triton_common.channel_stats import sweep_stats
 
 
 @triton.jit
@@ -138,8 +137,12 @@ def image_mean(
         inside = (tl.arange(0, BS) < S)[None, None, :]
         return tl.sum(tl.where(inside & some, tile - center[:, :, None], 0.0), 2) / S
     else:
-        mean, _ = sweep_stats(rows, some, center, scalar(0), scalar(S), position, False, BS, LAST, ACC)
-        return mean
+        total = tl.zeros((center.shape[0], center.shape[1], BS), ACC)
+        for start in range(0, S, BS):
+            i = start + tl.arange(0, BS)
+            y = load_tile(rows, some, i, S, position, LAST, ACC)
+            total += tl.where((i < S)[None, None, :], y - center[:, :, None], 0.0)
+        return tl.sum(total, 2) / S
 
 
 @triton.jit

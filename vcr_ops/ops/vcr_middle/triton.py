@@ -116,13 +116,12 @@ def forward(
         stats_splits = min(splits_of(stats_found, S), max(1, STATS_ROWS // N))
         per_group = cdiv(N, STATS_ROWS) if stats_splits == 1 else 1
         stats_rows = cdiv(N, per_group) * stats_splits
-        stats, image_means = numbers(stats_rows * 2 * C * p), numbers(N * C * p)
+        stats, image_means = (y.new_empty((n * C * p,), dtype=torch.float64) for n in (stats_rows * 2, N))
         launch(
             channel_stats,
             (stats_rows, cdiv(C, stats_found["CB"])),
             y.device,
             *view.strided,
-            norm_mean if norm == "given" else None,
             image_means,
             stats,
             N,
@@ -132,7 +131,6 @@ def forward(
             CB=stats_found["CB"],
             BS=stats_found["BS"],
             SPLITS=stats_splits,
-            CENTERED=norm != "none",
             **options(stats_found),
         )
     # pass 2

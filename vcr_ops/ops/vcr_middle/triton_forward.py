@@ -23,7 +23,7 @@ from ...triton_common.blocks import (
     store_covariance,
     store_states,
 )
-from ...triton_common.channel_stats import merge_rows, pivot_of
+from ...triton_common.channel_stats import merge_rows
 from ..concept_modulate.triton_kernels import centre_of, coefficients, modulate_sweep, project_state
 from ..concept_reason.triton_kernels import (
     edges_row,
@@ -119,40 +119,38 @@ def concept_sample(
     else:
         b = load_optional(norm_bias, scalar(0), c, j, 0.0, C, P, ACC)
         if NORM == "batch":
-            pivot = pivot_of(y, channel, None, c, j, True, C, P, LAST, ACC)
             mean, squares, count = merge_rows(
-                stats, 0, stats_rows, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS, ACC
+                stats, 0, stats_rows, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS
             )
-            mu = pivot + mean
-            rstd = inverse_root(squares / count + NORM_EPS, ACC)
+            mu = mean.to(ACC)
+            rstd = inverse_root((squares / count + NORM_EPS).to(ACC), ACC)
             if tl.program_id(0) == 0:
                 store_channels(batch_mean, scalar(0), c, j, mu, C, P)
                 store_channels(batch_var, scalar(0), c, j, squares / (count - 1.0), C, P)
         else:
-            pivot = load_channels(norm_mean, scalar(0), c, j, C, P, ACC)
-            mu = pivot
+            mu = load_channels(norm_mean, scalar(0), c, j, C, P, ACC)
             rstd = inverse_root(load_channels(norm_var, scalar(0), c, j, C, P, ACC) + NORM_EPS, ACC)
         s = rstd * load_optional(norm_weight, scalar(0), c, j, 1.0, C, P, ACC)
         if tl.program_id(0) == 0:
             store_channels(saved, scalar(0), c, j, mu, C, P)
             store_channels(rstd_of(saved, C, P), scalar(0), c, j, rstd, C, P)
             store_channels(s_of(saved, C, P), scalar(0), c, j, s, C, P)
-    # the image's mean
+    # the image's mean less mu
     if STATS_SPLITS > 1:
         first = n * STATS_SPLITS
-        m, _, _ = merge_rows(
-            stats, first, STATS_SPLITS, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS, ACC
+        exact, _, _ = merge_rows(
+            stats, first, STATS_SPLITS, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS
         )
+        m = (exact - mu.to(tl.float64)).to(ACC)
     elif (NORM == "batch") | (SPLITS > 1):
-        m = load_channels(image_means, n, c, j, C, P, ACC)
+        exact = load_channels(image_means, n, c, j, C, P, tl.float64)
+        m = (exact - mu.to(tl.float64)).to(ACC)
     else:
         m = image_mean(rows, some, position, S, mu, tile, ONE_TILE, BS, LAST, ACC)
     if NORM == "none":
         mu = m
         b = m
     else:
-        if NORM == "batch":
-            m += pivot - mu  # from the pivot to mu as it was rounded
         mhat = m
 
     weight = load_weight(value, c, j, k, C, P, PT, ACC)
