@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("run", "passes", "overhead", "readme", "picture", "headlines", "tune")
+COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
@@ -34,6 +34,7 @@ plain compiled                156 (152–157)             –        –        
 
 commands (none: run):
   run       time the product beside its alternatives: middle, block and network, training and evaluation
+  tables    the paper's Tables 1 to 5 beside ours: parameters, GFLOPs; with --measure time and memory
   passes    each pass's bandwidth beside a copy of as many bytes, warm and cold
   overhead  what a step costs outside the kernels
   readme    write the README's table from a results file
@@ -110,6 +111,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description={
             "run": "Time vcr_ops beside its alternatives on real activations. The defaults take 5 minutes on 2 cores.",
+            "tables": "The paper's Tables 1 to 5 beside ours: ResNeXt with each system that it compares with and every VCR "
+            "variant. Parameters and GFLOPs are counted without running anything; --measure adds time and memory.",
             "passes": "Each pass's bandwidth beside a copy of as many bytes, warm and cold.",
             "overhead": "What a step of the middle costs outside the kernels: a map of a few numbers.",
             "readme": "Write the README's table from a results file, between its benchmark markers.",
@@ -139,6 +142,28 @@ def _parser(command: str) -> argparse.ArgumentParser:
             help="calls of each side at least (default: 7, block 5, network 3)",
         )
         _common(parser, command, 1.0)
+    elif command == "tables":
+        from .cases import IMAGE_SIZE, LAYOUTS, MODES
+        from .tables import TABLES
+
+        parser.add_argument(
+            "--tables", nargs="+", type=int, choices=TABLES, default=list(TABLES), help="in this order; default: all"
+        )
+        parser.add_argument(
+            "--depths", nargs="+", type=int, choices=(50, 101), default=[50, 101], help="layers; default: both"
+        )
+        parser.add_argument(
+            "--measure",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="time the tables' networks for images here, in turn, and see what memory they take (default: no)",
+        )
+        parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
+        parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="default: 4")
+        parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+        parser.add_argument("--image-size", type=_positive, default=IMAGE_SIZE, metavar="PIXELS", help="of --measure")
+        parser.add_argument("--min-rounds", type=_positive, default=5, metavar="N", help="default: 5")
+        _common(parser, command, 20.0)
     elif command == "passes":
         _shapes(parser, "default: 16")
         parser.add_argument(
@@ -259,7 +284,7 @@ def _finish(table: str, results: dict[str, Any], rows: Sequence[Any], stem: Path
     print(table)
     print(f"\n{report.describe_line(results)}")
     load, cores = results["machine"]["load_at_start"], results["machine"]["cores"]
-    if load is not None and load > cores / 2:
+    if load is not None and load > cores / 2 and results.get("timed", True):
         print(f"The machine was busy (load {load} on {cores} cores at the start): don't rely on these times.")
     written = report.save(results, rows, stem)
     if results["kind"] == "run":
@@ -343,6 +368,35 @@ def overhead(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return 0
 
 
+def tables(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    from .machine import describe
+    from .tables import count_row, counts_table, measure, measured_table, printed_rows
+
+    if options.measure:
+        _prepare(options)
+    results = {"kind": "tables", **describe(list(argv)), "timed": options.measure, "keep_memory": options.keep_memory}
+    printed = printed_rows(options.tables, options.depths)
+    begin = time.perf_counter()
+    rows = [count_row(row) for row in printed]
+    shown = counts_table(rows)
+    if options.measure:
+        measured = measure(
+            printed,
+            modes=options.modes,
+            layouts=options.layouts,
+            batch=options.batch,
+            seconds=options.seconds,
+            min_rounds=options.min_rounds,
+            image_size=options.image_size,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        rows += measured
+        shown += f"\n\n{measured_table(measured)}"
+    results["seconds"] = round(time.perf_counter() - begin, 1)
+    _finish(shown, results, rows, _stem(options, "tables"))
+    return 0
+
+
 def readme(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from . import report
 
@@ -396,9 +450,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*headlines(_parser(command).parse_args(rest).files), sep="\n")
             return 0
         options = _parser(command).parse_args(rest)
-        return {"run": run, "passes": passes, "overhead": overhead, "readme": readme, "picture": picture}[command](
-            options, argv
-        )
+        return {
+            "run": run,
+            "tables": tables,
+            "passes": passes,
+            "overhead": overhead,
+            "readme": readme,
+            "picture": picture,
+        }[command](options, argv)
     except (RuntimeError, ValueError, ImportError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,10 @@
+"""The systems that the paper compares with, in the same ResNeXt: each built from the equations of its own paper."""
+
+from .cbam import CBAM
+from .gc import GC
+from .glore import GloRe
+from .resnext import SYSTEMS, Block, network
+from .se import SE
+from .slow_only import slow_only
+
+__all__ = ["CBAM", "GC", "SE", "SYSTEMS", "Block", "GloRe", "network", "slow_only"]
