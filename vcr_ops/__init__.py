@@ -3,7 +3,7 @@
 from . import backend, library
 from .backend import use_backend
 from .explain import Explanation, explain
-from .models import VCRNet, vcrnet50, vcrnet101
+from .models import VCRNet, convert, fold, load_resnext, revert, vcrnet50, vcrnet101
 from .modules import (
     ConceptModulator,
     ConceptReasoner,
@@ -35,8 +35,12 @@ __all__ = [
     "concept_modulate",
     "concept_reason",
     "concept_sample",
+    "convert",
     "explain",
+    "fold",
+    "load_resnext",
     "no_running_stats_update",
+    "revert",
     "use_backend",
     "vcrnet50",
     "vcrnet101",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import checks, flops, library
 from .backend import case_of, choose
 from .maps import map_format
+from .models.convert import ConvertedBlock
 from .modules.batch_norm import uses_batch_statistics
 from .modules.block import VCRBlock
 from .modules.middle import VisualConceptReasoning, fused_path
@@ -125,7 +126,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     checks.check_map("x", x)
     middle: Any = module
     if isinstance(module, VCRBlock):
-        norm, y = module.bn2, _convolved(module, x)
+        norm, y = _part(module, "bn2"), _convolved(module, x)
     elif isinstance(module, VisualConceptReasoning):
         norm, y = module.bn, x
     else:
@@ -179,8 +180,16 @@ def _convolved(block: VCRBlock, x: Tensor) -> Tensor:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        y = block.conv2(block.conv1(mode.from_tensor(x)))
+        y = mode.from_tensor(x)
+        for name in ("conv1", "conv2"):
+            conv = _part(block, name)
+            y = y if conv is None else conv(y)
     return _like(y)
+
+
+def _part(block: VCRBlock, name: str) -> Any:
+    """A submodule by VCRBlock's name of it; a converted block may have it elsewhere."""
+    return block.part(name) if isinstance(block, ConvertedBlock) else getattr(block, name)
 
 
 def _like(y: Tensor) -> Tensor:

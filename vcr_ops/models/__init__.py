@@ -1,5 +1,8 @@
-"""Networks made of VCRBlocks."""
+"""Networks made of VCRBlocks; ResNeXts made such networks, their checkpoints, and folding for inference."""
 
+from .checkpoints import load_resnext
+from .convert import convert, revert
+from .fold import fold
 from .vcrnet import VCRNet, vcrnet50, vcrnet101
 
-__all__ = ["VCRNet", "vcrnet50", "vcrnet101"]
+__all__ = ["VCRNet", "convert", "fold", "load_resnext", "revert", "vcrnet50", "vcrnet101"]

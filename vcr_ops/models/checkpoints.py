@@ -1,0 +1,136 @@
+"""Published ResNeXt checkpoints, torchvision's and timm's, into networks with visual concept reasoning."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.block import VCRBlock
+from .convert import NEW, is_neutral
+
+Model = TypeVar("Model", bound=nn.Module)
+# Where training scripts (timm's among them) keep the state dict in a file, in the order in which timm looks.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What wrappers of the whole network put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
+_COUNTER = "num_batches_tracked"
+
+
+def load_resnext(model: Model, source: str | os.PathLike[str] | Mapping[str, Any], *, head: bool = True) -> Model:
+    """Load a checkpoint in the layout of torchvision's and timm's ``resnext50_32x4d`` and ``resnext101_32x4d``.
+
+    ::
+
+        load_resnext(vcrnet50(zero_init=True), "resnext50_32x4d.pth")  # computes what the ResNeXt computes
+
+    The two packages' layouts are the same: ``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``fc``. What is VCR's alone
+    (``sampler``, ``reasoner`` and ``modulator`` of the blocks) is not in them and stays as it is in the model. A file
+    that has some of it has to have all, so checkpoints of a VCRNet load, too.
+
+    Args:
+        model: ``vcrnet50`` or ``vcrnet101``, for a ResNeXt's file with ``zero_init=True``; or a converted network. Its
+            parameters keep their type and device.
+        source: a path of a file of ``torch.save`` (loaded with ``weights_only=True``) or, if it ends in
+            ``.safetensors``, of that package, which has to be installed; or the state dict. It may be wrapped, as
+            training scripts do, in ``"state_dict_ema"``, ``"model_ema"``, ``"state_dict"`` or ``"model"`` (the first
+            of them that there is counts), and every name may have ``module.`` or ``_orig_mod.`` before it.
+            ``num_batches_tracked`` may be missing.
+        head: False leaves ``fc`` out, whether the file has one or not: the model's stays as it is.
+    Returns:
+        The model.
+    Raises:
+        TypeError: source holds no state dict, or model is no module.
+        FileNotFoundError: there is no such file.
+        ImportError: the package safetensors is missing.
+        ValueError: the file can't be read as weights alone; model has no VCR block, or is on the meta device; a key is
+            missing, unknown or of another shape: all such are listed; or the file is a ResNeXt's and modulators are
+            not neutral, so that the network would not compute what the file's does. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it takes an nn.Module")
+    blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, VCRBlock)]
+    if not blocks:
+        raise ValueError(f"the model, a {type(model).__name__}, has no VCRBlock; its load_state_dict will do")
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = _without_prefixes(_unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), name))
+    target = model.state_dict()
+    if any(x.is_meta for x in target.values() if isinstance(x, Tensor)):
+        raise ValueError("the model is on the meta device, where nothing can be loaded; call to_empty first")
+    prefixes = tuple(f"{path}.{part}." if path else f"{part}." for path, _ in blocks for part in NEW)
+    ours = {key for key in target if key.startswith(prefixes)}
+    if not head:
+        state = {key: x for key, x in state.items() if not key.startswith("fc.")}
+        target = {key: x for key, x in target.items() if not key.startswith("fc.")}
+    reasons = ours & state.keys()
+    expected = {key for key in target if reasons or key not in ours}
+    _check_keys(name, state, target, expected)
+    if not reasons:
+        lively = [f"{path}.modulator" if path else "modulator" for path, b in blocks if not is_neutral(b.modulator)]
+        if lively:
+            raise ValueError(
+                f"{name} is a ResNeXt's, and the model would not compute what it does, since {lively[0]} and "
+                f"{len(lively) - 1} more are not neutral; make the model with zero_init=True"
+            )
+    model.load_state_dict({key: x for key, x in state.items() if key in target}, strict=False)
+    return model
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"{path} takes the package safetensors; pip install safetensors") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} can't be read as safetensors: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        # PyTorch's own text goes on to say how to load it all the same, which is no good advice.
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read as weights alone: {text}") from error
+
+
+def _unwrapped(found: Any, name: str) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+            break
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{name} holds a {type(found).__name__}; it takes a state dict")
+    wrong = [str(key) for key, x in found.items() if not (isinstance(key, str) and isinstance(x, Tensor))]
+    if wrong or not found:
+        text = f"{', '.join(wrong)}: no tensor" if wrong else "it is empty"
+        raise TypeError(f"{name} holds no state dict ({text})")
+    return dict(found)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    again = True
+    while again:
+        again = False
+        for prefix in _PREFIXES:
+            if all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): x for key, x in state.items()}
+                again = True
+    return state
+
+
+def _check_keys(name: str, state: dict[str, Tensor], target: dict[str, Tensor], expected: set[str]) -> None:
+    lines = [f"missing: {key}" for key in target if key in expected - state.keys() and not key.endswith(_COUNTER)]
+    lines += [f"unknown: {key}" for key in state if key not in target]
+    classes = False
+    for key, x in state.items():
+        if key in target and x.shape != target[key].shape:
+            lines.append(f"shape of {key}: {tuple(x.shape)}, the model has {tuple(target[key].shape)}")
+            classes = classes or key.startswith("fc.")
+    if lines:
+        hint = "; head=False leaves fc out" if classes else ""
+        raise ValueError("".join([f"{name} doesn't fit the model{hint}:", *(f"\n  {line}" for line in lines)]))
