@@ -112,7 +112,8 @@ def backward(
     blocks = {"CB": rows_at_once(pt2, C), "num_warps": 4}
     rows = {"ROWS": rows_at_once(pt2, N), "BATCH": batch}
     if batch:
-        launch(kernels.state_means, (N,), h.device, g, means, **constants, **blocks)
+        means_constants = {name: x for name, x in constants.items() if name != "ACC"}
+        launch(kernels.state_means, (N,), h.device, g, means, **means_constants, **blocks)
     launch(
         kernels.state_relu_backward,
         (N,),

@@ -351,9 +351,7 @@ def normalise_states(
 
 
 @triton.jit
-def state_means(
-    g_from, means, C: tl.constexpr, CB: tl.constexpr, PT: tl.constexpr, PT2: tl.constexpr, ACC: tl.constexpr
-):
+def state_means(g_from, means, C: tl.constexpr, CB: tl.constexpr, PT: tl.constexpr, PT2: tl.constexpr):
     """The op alone: each image's mean of G, means (N, pt). Grid (N,)."""
     n = tl.program_id(0)
     k = tl.arange(0, PT2)

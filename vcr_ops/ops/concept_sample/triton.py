@@ -115,7 +115,7 @@ def backward(
             BS=found["BS"],
             **options(found),
         )
-    v, dr, constant, rdr = numbers(N * C * p), numbers(N * C * p), numbers(N * C * p), numbers(N * C)
+    dr, constant, rdr = numbers(N * C * p), numbers(N * C * p), numbers(N * C)
     small = {name: x for name, x in _constants(size).items() if name != "LAST"}
     launch(
         kernels.sample_gradients,
@@ -127,7 +127,6 @@ def backward(
         saved,
         dh.to(acc).contiguous(),
         K1,
-        v,
         dr,
         constant,
         rdr,
@@ -152,7 +151,6 @@ def backward(
         dattention,
         saved,
         K0,
-        v,
         dr,
         constant,
         rdr,

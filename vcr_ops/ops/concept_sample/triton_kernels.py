@@ -284,7 +284,6 @@ def sampler_backward(
     b,
     mhat,
     dh,
-    v_to,
     dr_to,
     constant_to,
     rdr_to,
@@ -338,7 +337,6 @@ def sampler_backward(
             ds += tl.sum(mhat * dzbar, 0)
             db += tl.sum(dzbar, 0)
             constant = s * dzbar / S
-        store_rows(v_to, n, live, c, j, s * u, C, P)
         tl.store(rdr_to + n.to(tl.int64) * C + c, tl.sum(r * dr, 1), mask=live)
     store_rows(dr_to, n, live, c, j, dr, C, P)
     store_rows(constant_to, n, live, c, j, constant, C, P)
@@ -414,7 +412,6 @@ def sample_gradients(
     saved,
     dh_from,
     K1,
-    v_to,
     dr_to,
     constant_to,
     rdr_to,
@@ -462,7 +459,6 @@ def sample_gradients(
             rows_of(saved, n, live, c, j, C, P, ACC),
             tl.zeros((BN, P2), ACC),
             dh,
-            v_to,
             dr_to,
             constant_to,
             rdr_to,
@@ -504,7 +500,6 @@ def sample_input_grad(
     dattention,
     saved,
     K0_from,
-    v_from,
     dr_from,
     constant_from,
     rdr_from,
@@ -533,7 +528,7 @@ def sample_input_grad(
     constant = load_channels(constant_from, n, c, j, C, P, ACC)
     if SAMPLER != "pool":
         dr = load_channels(dr_from, n, c, j, C, P, ACC)
-        v = load_channels(v_from, n, c, j, C, P, ACC)
+        v = load_channels(saved + maps, n, c, j, C, P, ACC)
         maximum, total = load_softmax(saved + 3 * maps + states_size(N, C, PT), n, c, C)
         rdr = tl.load(rdr_from + n.to(tl.int64) * C + c, mask=c < C, other=0.0)
         if EXTRA:

@@ -19,7 +19,7 @@ from ...triton_common.sizes import (
 from ..concept_reason.triton import exchange_blocks
 from ..concept_reason.triton_kernels import state_norm_backward
 from ..concept_sample.triton import sample_config
-from . import triton_backward, triton_forward
+from . import triton_backward, triton_forward, triton_input_grad
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
 GRADIENT_GROUPS = 32
@@ -381,7 +381,7 @@ def backward(
     groups = cdiv(N, per_group)
     edge_numbers = {"dynamic": pt * C, "static": C * C, "none": 0}[edges]
     partial = numbers(groups * (5 * CP * pt + 5 * CP + edge_numbers))
-    v, dr, constant, rdr = numbers(N * CP), numbers(N * CP), numbers(N * CP), numbers(N * C)
+    dr, constant, rdr = numbers(N * CP), numbers(N * CP), numbers(N * C)
     c2 = power_of_two(C)
     at_once = SMALL_TILE // max(c2 * pt2, p2 * pt2)
     launch(
@@ -397,7 +397,6 @@ def backward(
         saved,
         merged,
         dg,
-        v,
         dr,
         constant,
         rdr,
@@ -419,7 +418,7 @@ def backward(
     found = size.config("middle_input_grad")
     chunks = splits_of(found, S)
     launch(
-        triton_backward.middle_input_grad,
+        triton_input_grad.middle_input_grad,
         (N * chunks, cdiv(C, found["CB"])),
         y.device,
         *view.strided,
@@ -431,7 +430,6 @@ def backward(
         saved,
         merged,
         first,
-        v,
         dr,
         constant,
         rdr,

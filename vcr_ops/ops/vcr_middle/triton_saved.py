@@ -1,12 +1,10 @@
-"""Where the numbers that the middle keeps for its backward pass stand in ``saved``.
-
-Every function takes ``saved`` and the sizes, and returns a pointer.
-"""
+"""The numbers that the middle keeps for its backward pass: where they stand in ``saved``, and what they give."""
 
 import triton
 import triton.language as tl
 
 from ...triton_common.blocks import load_channels, load_optional, scalar
+from ..concept_modulate.triton_kernels import coefficients
 
 
 @triton.jit
@@ -70,3 +68,30 @@ def norm_view(saved, norm_bias, n, N, c, j, NORM: tl.constexpr, C: tl.constexpr,
         mu = load_channels(saved, scalar(0), c, j, C, P, ACC)
         s = load_channels(s_of(saved, C, P), scalar(0), c, j, C, P, ACC)
         return mu, s, load_optional(norm_bias, scalar(0), c, j, 0.0, C, P, ACC), m
+
+
+@triton.jit
+def modulator_of(
+    saved,
+    norm_bias,
+    scale_bias,
+    shift_bias,
+    n,
+    N,
+    c,
+    j,
+    NORM: tl.constexpr,
+    PIXEL: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    PT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """(mu, s, v, maximum, A1, B1, A0, B0) of image n; v of the sampler's logits, A and B of the modulator."""
+    mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
+    abar = load_channels(per_image(saved, N, 3, C, P), n, c, j, C, P, ACC)
+    bbar = load_channels(per_image(saved, N, 4, C, P), n, c, j, C, P, ACC)
+    A1, B1, A0, B0 = coefficients(abar, bbar, s, b, scale_bias, shift_bias, c, j, PIXEL, C, P, ACC)
+    v = s * load_channels(per_image(saved, N, 1, C, P), n, c, j, C, P, ACC)
+    maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
+    return mu, s, v, maximum, A1, B1, A0, B0
