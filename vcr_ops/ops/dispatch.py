@@ -68,6 +68,11 @@ def _dispatch(backend: str, op: OpOverload, *args: Any) -> Any:
         return op(*args)
 
 
+def exporting() -> bool:
+    """True while torch.export traces: what is exported is for inference."""
+    return torch.compiler._is_exporting_flag  # is_exporting() is True in all that Dynamo traces, in torch 2.10
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True where autograd is on and has something to follow."""
     if torch.is_grad_enabled():

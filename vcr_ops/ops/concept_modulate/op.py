@@ -9,7 +9,17 @@ from ... import checks, flops
 from ...backend import case_of, resolve
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
-from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, needs_grad, present, register
+from ..dispatch import (
+    OpOverload,
+    call,
+    call_backward,
+    check_devices,
+    exporting,
+    like_parameter,
+    needs_grad,
+    present,
+    register,
+)
 from . import composite
 
 _forward: OpOverload = None
@@ -56,7 +66,7 @@ def concept_modulate(
     if attention is not None:
         attention = attention.to(dtype).contiguous()
     tensors = (z, state, scale_weight, shift_weight, scale_bias, shift_bias, attention)
-    if torch.compiler.is_exporting() or not needs_grad(*tensors):
+    if exporting() or not needs_grad(*tensors):
         return call(name, _forward, *tensors)
     return _ConceptModulate.apply(name, *tensors)
 

@@ -14,6 +14,7 @@ from ..dispatch import (
     call,
     call_backward,
     check_devices,
+    exporting,
     like_parameter,
     needs_grad,
     present,
@@ -74,7 +75,7 @@ def concept_reason(
         return x if x is None or x.dtype == dtype else x.to(dtype)
 
     tensors = (cast(h), cast(edge), cast(mean), cast(var), cast(weight), cast(bias))
-    if torch.compiler.is_exporting() or not needs_grad(h, edge, weight, bias):
+    if exporting() or not needs_grad(h, edge, weight, bias):
         state, used_mean, used_var, _ = call(name, _forward, *tensors, eps, edges, False)
     else:
         state, used_mean, used_var = _ConceptReason.apply(name, *tensors, eps, edges)

@@ -14,6 +14,7 @@ from ..dispatch import (
     call,
     call_backward,
     check_devices,
+    exporting,
     like_parameter,
     needs_grad,
     present,
@@ -103,7 +104,7 @@ def concept_sample(
     name = resolve(backend, case_of(z)).name
     if name == "composite":
         h, attention = composite.concept_sample(z, value, query, key, logit, sampler, return_attention)
-    elif torch.compiler.is_exporting() or not needs_grad(z, value, query, key, logit):
+    elif exporting() or not needs_grad(z, value, query, key, logit):
         h, attention, _ = call(name, _forward, z, value, query, key, logit, sampler, return_attention, False)
     else:
         h, attention = _ConceptSample.apply(name, z, value, query, key, logit, sampler, return_attention)

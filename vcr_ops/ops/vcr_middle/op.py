@@ -14,6 +14,7 @@ from ..dispatch import (
     as_run_by,
     call_backward,
     check_devices,
+    exporting,
     like_parameter,
     needs_grad,
     register,
@@ -153,8 +154,8 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
             break
     training = torch.is_grad_enabled() and (y.requires_grad or needs_grad(*arguments[1:18]))
     if compiling:
-        # The op's own autograd formula is traced as it is. What is exported is for inference.
-        return _forward(*arguments, training and not torch.compiler.is_exporting())[:5]
+        # The op's own autograd formula is traced as it is.
+        return _forward(*arguments, training and not exporting())[:5]
     try:
         if training:
             statistics: list[Tensor] = []
