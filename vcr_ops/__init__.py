@@ -3,6 +3,7 @@
 from . import backend, library
 from .backend import use_backend
 from .explain import Explanation, explain
+from .inspect import Concepts, inspect
 from .models import VCRNet, convert, fold, load_resnext, revert, vcrnet50, vcrnet101
 from .modules import (
     ConceptModulator,
@@ -26,6 +27,7 @@ __all__ = [
     "ConceptReasonOutput",
     "ConceptReasoner",
     "ConceptSampler",
+    "Concepts",
     "Explanation",
     "MiddleOutput",
     "VCRBlock",
@@ -38,6 +40,7 @@ __all__ = [
     "convert",
     "explain",
     "fold",
+    "inspect",
     "load_resnext",
     "no_running_stats_update",
     "revert",

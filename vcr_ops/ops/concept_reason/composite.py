@@ -6,13 +6,17 @@ from torch import Tensor
 from ...maps import acc_dtype, without_autocast
 
 
+def edge_matrix(h: Tensor, edge: Tensor, edges: str) -> Tensor:
+    """A: (N, C, C) for dynamic edges, the learned (C, C) for static ones."""
+    return torch.tanh(torch.matmul(h, edge)) if edges == "dynamic" else edge
+
+
 def interact(h: Tensor, edge: Tensor | None, edges: str) -> Tensor:
     """H + A H for the states h (N, C, pt); H alone where there are no edges."""
     if edges == "none":
         return h
     assert edge is not None
-    A = torch.tanh(torch.matmul(h, edge)) if edges == "dynamic" else edge
-    return h + torch.matmul(A, h)
+    return h + torch.matmul(edge_matrix(h, edge, edges), h)
 
 
 def concept_reason(
