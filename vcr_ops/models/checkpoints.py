@@ -134,3 +134,12 @@ def _check_keys(name: str, state: dict[str, Tensor], target: dict[str, Tensor], 
     if lines:
         hint = "; head=False leaves fc out" if classes else ""
         raise ValueError("".join([f"{name} doesn't fit the model{hint}:", *(f"\n  {line}" for line in lines)]))
+
+
+def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a file, as :func:`load_resnext` takes it: unwrapped, and without the prefixes of wrappers.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: as :func:`load_resnext`.
+    """
+    return _without_prefixes(_unwrapped(_read(Path(source)), str(source)))
