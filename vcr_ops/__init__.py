@@ -3,7 +3,7 @@
 from . import backend, library
 from .backend import use_backend
 from .explain import Explanation, explain
-from .models import VCRNet, convert, fold, load_resnext, revert, vcrnet50, vcrnet101
+from .models import VCRNet, VCRPyramid, convert, fold, load_resnext, revert, timm_registration, vcrnet50, vcrnet101
 from .modules import (
     ConceptModulator,
     ConceptReasoner,
@@ -20,6 +20,7 @@ from .ops.vcr_middle.op import MiddleOutput, visual_concept_reasoning
 __version__ = "0.1.0"
 
 library.load()
+timm_registration.when_imported()
 
 __all__ = [
     "ConceptModulator",
@@ -30,6 +31,7 @@ __all__ = [
     "MiddleOutput",
     "VCRBlock",
     "VCRNet",
+    "VCRPyramid",
     "VisualConceptReasoning",
     "backend",
     "concept_modulate",

@@ -41,12 +41,20 @@ def check_variants(
         raise ValueError("modulation is 'pixel', which needs an attention map; sampler='pool' has none")
 
 
-def check_count(argument: str, got: object) -> None:
-    """TypeError or ValueError unless ``got`` is an int of at least 1."""
+def check_count(argument: str, got: object, least: int = 1) -> None:
+    """TypeError or ValueError unless ``got`` is an int of at least ``least``."""
     if isinstance(got, bool) or not isinstance(got, int):
         raise TypeError(f"{argument} is {got!r}; it takes an int")
-    if got < 1:
-        raise ValueError(f"{argument} is {got}; it takes at least 1")
+    if got < least:
+        raise ValueError(f"{argument} is {got}; it takes at least {least}")
+
+
+def check_probability(argument: str, got: object) -> None:
+    """TypeError or ValueError unless ``got`` is the probability of dropping something, less than all."""
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise TypeError(f"{argument} is {got!r}; it takes a number")
+    if not 0 <= got < 1:
+        raise ValueError(f"{argument} is {got}; it takes a probability, at least 0 and below 1")
 
 
 def check_channels(channels: object, concepts: object) -> None:

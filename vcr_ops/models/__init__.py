@@ -3,6 +3,6 @@
 from .checkpoints import load_resnext
 from .convert import convert, revert
 from .fold import fold
-from .vcrnet import VCRNet, vcrnet50, vcrnet101
+from .vcrnet import VCRNet, VCRPyramid, vcrnet50, vcrnet101
 
-__all__ = ["VCRNet", "convert", "fold", "load_resnext", "revert", "vcrnet50", "vcrnet101"]
+__all__ = ["VCRNet", "VCRPyramid", "convert", "fold", "load_resnext", "revert", "vcrnet50", "vcrnet101"]
