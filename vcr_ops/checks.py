@@ -241,8 +241,10 @@ def check_concept_reason(
     bias: object,
     eps: object,
     edges: object,
+    *,
+    synced: bool = False,
 ) -> None:
-    """Errors of :func:`vcr_ops.concept_reason`'s arguments."""
+    """Errors of :func:`vcr_ops.concept_reason`'s arguments. Statistics that are synced go over more than h."""
     check_tensor("h", h)
     assert isinstance(h, Tensor)
     if h.dim() != 3 or 0 in h.shape[1:]:
@@ -254,7 +256,7 @@ def check_concept_reason(
         if got is not None:
             check_like(argument, got, (pt,), h, "h")
     check_eps("eps", eps)
-    if mean is None:
+    if mean is None and not synced:
         check_batch("h", n * concepts, f"N*C = 1 state, {tuple(h.shape)}")
 
 
@@ -309,8 +311,11 @@ def check_vcr_middle(
     sampler: object,
     edges: object,
     modulation: object,
+    *,
+    norm_synced: bool = False,
+    state_synced: bool = False,
 ) -> None:
-    """Errors of :func:`vcr_ops.visual_concept_reasoning`'s arguments."""
+    """Errors of :func:`vcr_ops.visual_concept_reasoning`'s arguments. Synced statistics go over more than y."""
     check_map("y", y)
     assert isinstance(y, Tensor)
     check_variants(sampler, edges, modulation)
@@ -337,7 +342,7 @@ def check_vcr_middle(
             check_like(argument, got, (pt,), y, "y")
     check_eps("state_eps", state_eps)
     _check_modulator_weights(y, "y", scale_weight, shift_weight, scale_bias, shift_bias, pt, concepts, p)
-    if norm == "batch":
+    if norm == "batch" and not norm_synced:
         check_batch("y", y.numel() // channels, f"N*S = 1 value per channel, {tuple(y.shape)}")
-    if state_mean is None:
+    if state_mean is None and not state_synced:
         check_batch("y", y.shape[0] * concepts, f"one image of C = 1 concept, {tuple(y.shape)}")

@@ -10,11 +10,17 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from ..backend import tracing
+from ..collectives import Group, group_of
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# The classes that can be fused, and the numbers of dims that they take.
-BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+# The classes that can be fused, and the numbers of dims that they take (any, where there are none).
+BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+    nn.SyncBatchNorm: (),
+}
 
 
 class _Updates(threading.local):
@@ -73,14 +79,14 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def is_plain_batch_norm(module: nn.Module | None) -> bool:
-    """True for exactly nn.BatchNorm1d, 2d or 3d (a subclass, as SyncBatchNorm, may do more) without hooks."""
+    """True for exactly nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm (a subclass may do more) without hooks."""
     return module is not None and type(module) in BATCH_NORM_CLASSES and are_plain(module)
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
     """ValueError where nn.BatchNorm would refuse the number of dims."""
     dims = BATCH_NORM_CLASSES[type(bn)]
-    if y.dim() not in dims:
+    if dims and y.dim() not in dims:
         raise ValueError(
             f"{argument} has {y.dim()} dims; its batch norm is a {type(bn).__name__}, which takes {dims[-1]}"
         )
@@ -89,6 +95,13 @@ def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
     return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
+
+
+def sync_group(bn: Any) -> Group | None:
+    """The processes over which an nn.SyncBatchNorm takes its statistics now: in training alone, as its own forward."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    return group_of(bn.process_group)
 
 
 def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool) -> None:

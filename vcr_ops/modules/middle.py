@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..backend import check_backend
+from ..collectives import Group
 from ..ops.vcr_middle.op import vcr_middle
+from ..ops.vcr_middle.synced import can_sync, vcr_middle_synced
 from .batch_norm import (
     BATCH_NORM_CLASSES,
     BATCH_NORMS,
@@ -15,6 +17,7 @@ from .batch_norm import (
     check_dims,
     has_global_hook,
     is_plain_batch_norm,
+    sync_group,
     update_running_stats,
     uses_batch_statistics,
 )
@@ -39,6 +42,18 @@ def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
     ):
         return "modules"
     return "whole" if is_plain_batch_norm(bn) else "after norm"
+
+
+def sync_groups(path: str, bn: Any, reasoner: Any) -> tuple[Group | None, Group | None]:
+    """The processes that the two norms' statistics go over now, where the middle is to compute them."""
+    if path == "modules":
+        return None, None
+    return (sync_group(bn) if path == "whole" else None), sync_group(reasoner._modules["bn"])
+
+
+def path_without_sync(state_group: Group | None) -> str:
+    """The path where a norm is synchronised, and the backend has no passes for that: the norms are called."""
+    return "after norm" if state_group is None else "modules"
 
 
 def _parameters(
@@ -72,6 +87,10 @@ def run_middle(
 ) -> Tensor:
     """bn, sampler, reasoner, modulator on y (N, C*p, *spatial); in one op where nobody could tell."""
     path = fused_path(bn, sampler, reasoner, modulator)
+    norm_group, state_group = sync_groups(path, bn, reasoner)
+    synced = norm_group is not None or state_group is not None
+    if synced and not can_sync(backend, y):
+        path, synced = path_without_sync(state_group), False
     if path == "modules":
         return _call_modules(bn(y), sampler, reasoner, modulator, modulation)
     norm, norm_mean, norm_var, norm_eps = "none", None, None, 0.0
@@ -96,33 +115,38 @@ def run_middle(
         n, numel = y.shape[0], y.numel()
         checked = numel > 0 and (n > 1 or (numel != y.shape[1] and sampler.concepts != 1))
     norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
-    out, batch_mean, batch_var, batch_state_mean, batch_state_var = vcr_middle(
-        backend,
-        (
-            y,
-            norm_mean,
-            norm_var,
-            *norm_parameters,
-            *sample_parameters,
-            state_mean,
-            state_var,
-            *state_parameters,
-            norm,
-            norm_eps,
-            state_bn.eps,
-            sampler.sampler,
-            reasoner.edges,
-            modulation,
-        ),
-        checked=checked,
+    arguments = (
+        y,
+        norm_mean,
+        norm_var,
+        *norm_parameters,
+        *sample_parameters,
+        state_mean,
+        state_var,
+        *state_parameters,
+        norm,
+        norm_eps,
+        state_bn.eps,
+        sampler.sampler,
+        reasoner.edges,
+        modulation,
     )
+    if synced:
+        found = vcr_middle_synced(backend, arguments, norm_group, state_group)
+    else:
+        found = vcr_middle(backend, arguments, checked=checked)
+    out, batch_mean, batch_var, batch_state_mean, batch_state_var = found
     updates = []
     if norm == "batch":
         updates.append((bn, batch_mean, batch_var))
     if state_batch:
         updates.append((state_bn, batch_state_mean, batch_state_var))
-    if updates:
-        update_running_stats(updates, y.shape[0] == 0)
+    if not synced:
+        if updates:
+            update_running_stats(updates, y.shape[0] == 0)
+        return out
+    for update in updates:  # what others have counts where this process has no images
+        update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)
     return out
 
 
