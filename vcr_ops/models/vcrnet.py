@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..modules.batch_norm import CONVOLUTIONS, no_running_stats_update
+from ..modules.batch_norm import CONVOLUTIONS
 from ..modules.block import VCRBlock
 from ..modules.middle import default_norm
+from ..modules.running_stats import no_running_stats_update
 from .features import FeatureInfo, OutIndices, take_indices
 from .pool import global_pool as make_pool
 

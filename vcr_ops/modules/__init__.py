@@ -1,16 +1,18 @@
 """The ops as nn.Modules, and the residual block."""
 
-from .batch_norm import no_running_stats_update
 from .block import VCRBlock
 from .middle import VisualConceptReasoning
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
+from .running_stats import no_running_stats_update
 from .sampler import ConceptSampler
+from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "ConceptModulator",
     "ConceptReasoner",
     "ConceptSampler",
+    "SyncBatchNorm",
     "VCRBlock",
     "VisualConceptReasoning",
     "no_running_stats_update",

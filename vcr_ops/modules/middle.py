@@ -18,11 +18,11 @@ from .batch_norm import (
     has_global_hook,
     is_plain_batch_norm,
     sync_group,
-    update_running_stats,
     uses_batch_statistics,
 )
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
+from .running_stats import update_running_stats
 from .sampler import ConceptSampler
 
 

@@ -12,7 +12,8 @@ from ..ops.concept_reason.composite import concept_reason as composed
 from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
-from .batch_norm import has_global_hook, is_plain_batch_norm, sync_group, update_running_stats, uses_batch_statistics
+from .batch_norm import has_global_hook, is_plain_batch_norm, sync_group, uses_batch_statistics
+from .running_stats import update_running_stats
 from .sampler import uniform_projection
 
 
