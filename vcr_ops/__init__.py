@@ -3,14 +3,30 @@
 from . import backend, library
 from .backend import use_backend
 from .explain import Explanation, explain
-from .models import VCRNet, VCRPyramid, convert, fold, load_resnext, revert, timm_registration, vcrnet50, vcrnet101
+from .models import (
+    VCRNet,
+    VCRPyramid,
+    convert,
+    fold,
+    load_inflated,
+    load_resnext,
+    revert,
+    set_modulation,
+    timm_registration,
+    vcrnet50,
+    vcrnet50_slow_only,
+    vcrnet101,
+    vcrnet101_slow_only,
+)
 from .modules import (
     ConceptModulator,
     ConceptReasoner,
     ConceptSampler,
+    FrozenBatchNorm,
     SyncBatchNorm,
     VCRBlock,
     VisualConceptReasoning,
+    freeze_batch_norm,
     no_running_stats_update,
 )
 from .ops.concept_modulate.op import concept_modulate
@@ -29,6 +45,7 @@ __all__ = [
     "ConceptReasoner",
     "ConceptSampler",
     "Explanation",
+    "FrozenBatchNorm",
     "MiddleOutput",
     "SyncBatchNorm",
     "VCRBlock",
@@ -42,11 +59,16 @@ __all__ = [
     "convert",
     "explain",
     "fold",
+    "freeze_batch_norm",
+    "load_inflated",
     "load_resnext",
     "no_running_stats_update",
     "revert",
+    "set_modulation",
     "use_backend",
     "vcrnet50",
+    "vcrnet50_slow_only",
     "vcrnet101",
+    "vcrnet101_slow_only",
     "visual_concept_reasoning",
 ]

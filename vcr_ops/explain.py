@@ -15,6 +15,7 @@ from .maps import map_format
 from .models.convert import ConvertedBlock
 from .modules.batch_norm import uses_batch_statistics
 from .modules.block import VCRBlock
+from .modules.frozen_batch_norm import is_frozen
 from .modules.middle import VisualConceptReasoning, fused_path, path_without_sync, sync_groups
 from .ops.vcr_middle import composite
 
@@ -213,6 +214,8 @@ def op_arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
 
     def batch(bn: Any) -> bool:
+        if is_frozen(bn):
+            return False
         if training and middle.training:
             return uses_batch_statistics(bn)  # one of them may be frozen
         return training or getattr(bn, "running_mean", None) is None

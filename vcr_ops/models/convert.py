@@ -12,6 +12,7 @@ from .. import checks
 from ..backend import check_backend
 from ..modules.batch_norm import are_plain
 from ..modules.block import VCRBlock
+from ..modules.frozen_batch_norm import is_frozen
 from ..modules.middle import run_middle
 from ..modules.modulator import ConceptModulator
 from ..modules.reasoner import ConceptReasoner
@@ -192,7 +193,8 @@ def _check_parts(block: nn.Module, parts: dict[str, str | None]) -> None:
     for name in ("bn1", "bn2", "bn3"):
         norm = part_of(block, parts, name)
         # A subclass with a forward of its own may, as timm's BatchNormAct2d, have an activation in it.
-        if norm is not None and getattr(type(norm), "forward", None) not in _NORM_FORWARDS:
+        known = is_frozen(norm) or getattr(type(norm), "forward", None) in _NORM_FORWARDS
+        if norm is not None and not known:
             raise _Unfit(f"{parts[name]}, a {type(norm).__name__}, is no BatchNorm")
     if "act2" in parts:
         if type(act) is not nn.ReLU:

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..modules.batch_norm import are_plain
 from ..modules.block import VCRBlock
+from ..modules.frozen_batch_norm import FrozenBatchNorm
 from ..modules.sync_batch_norm import SyncBatchNorm
 from .convert import ConvertedBlock
 from .shadow import input_for, same, shadow
@@ -19,7 +20,7 @@ from .vcrnet import VCRNet, VCRPyramid
 
 Model = TypeVar("Model", bound=nn.Module)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm)
 
 
 class _Pair(NamedTuple):

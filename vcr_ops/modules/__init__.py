@@ -1,6 +1,7 @@
 """The ops as nn.Modules, and the residual block."""
 
 from .block import VCRBlock
+from .frozen_batch_norm import FrozenBatchNorm, freeze_batch_norm
 from .middle import VisualConceptReasoning
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
@@ -12,8 +13,10 @@ __all__ = [
     "ConceptModulator",
     "ConceptReasoner",
     "ConceptSampler",
+    "FrozenBatchNorm",
     "SyncBatchNorm",
     "VCRBlock",
     "VisualConceptReasoning",
+    "freeze_batch_norm",
     "no_running_stats_update",
 ]

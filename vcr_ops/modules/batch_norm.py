@@ -7,6 +7,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from ..collectives import Group, group_of
+from .frozen_batch_norm import FrozenBatchNorm, is_frozen
 from .sync_batch_norm import SyncBatchNorm
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -18,6 +19,7 @@ BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {
     nn.BatchNorm3d: (5,),
     nn.SyncBatchNorm: (),
     SyncBatchNorm: (),
+    FrozenBatchNorm: (),
 }
 
 
@@ -54,12 +56,14 @@ def are_plain(*modules: nn.Module) -> bool:
 
 def is_plain_batch_norm(module: nn.Module | None) -> bool:
     """True for exactly one of the classes known here (a subclass may do more) without hooks."""
-    return module is not None and type(module) in BATCH_NORM_CLASSES and are_plain(module)
+    if module is None or not are_plain(module):
+        return False
+    return type(module) in BATCH_NORM_CLASSES or is_frozen(module)
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
     """ValueError where nn.BatchNorm would refuse the number of dims."""
-    dims = BATCH_NORM_CLASSES[type(bn)]
+    dims = BATCH_NORM_CLASSES.get(type(bn), ())
     if dims and y.dim() not in dims:
         raise ValueError(
             f"{argument} has {y.dim()} dims; its batch norm is a {type(bn).__name__}, which takes {dims[-1]}"
@@ -68,6 +72,8 @@ def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
+    if is_frozen(bn):
+        return False
     return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
 

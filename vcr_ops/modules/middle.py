@@ -11,7 +11,6 @@ from ..collectives import Group
 from ..ops.vcr_middle.op import vcr_middle
 from ..ops.vcr_middle.synced import can_sync, vcr_middle_synced
 from .batch_norm import (
-    BATCH_NORM_CLASSES,
     BATCH_NORMS,
     are_plain,
     check_dims,
@@ -37,8 +36,8 @@ def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
         or type(sampler) is not ConceptSampler
         or type(reasoner) is not ConceptReasoner
         or type(modulator) is not ConceptModulator
-        or type(state_bn) not in BATCH_NORM_CLASSES
-        or not are_plain(sampler, reasoner, modulator, state_bn)
+        or not is_plain_batch_norm(state_bn)
+        or not are_plain(sampler, reasoner, modulator)
     ):
         return "modules"
     return "whole" if is_plain_batch_norm(bn) else "after norm"
@@ -56,14 +55,19 @@ def path_without_sync(state_group: Group | None) -> str:
     return "after norm" if state_group is None else "modules"
 
 
+def _learned(bn: Any) -> Any:
+    """Where a batch norm's weight and bias are; a frozen one's are buffers."""
+    return bn._parameters or bn._buffers
+
+
 def _parameters(
     bn: Any, sampler: Any, reasoner: Any, modulator: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     try:  # past nn.Module.__getattr__, which is slow
-        s, m, n = sampler._parameters, modulator._parameters, bn and bn._parameters
-        r = reasoner._modules["bn"]._parameters
+        s, m, n = sampler._parameters, modulator._parameters, bn and _learned(bn)
+        r = _learned(reasoner._modules["bn"])
         return (
-            (n["weight"], n["bias"]) if n else (None, None),
+            (n["weight"], n["bias"]) if bn else (None, None),
             (s["value"], s["query"], s["key"], s["logit"], reasoner._parameters["edge"]),
             (r["weight"], r["bias"], m["scale_weight"], m["shift_weight"], m["scale_bias"], m["shift_bias"]),
         )
