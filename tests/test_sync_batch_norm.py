@@ -56,7 +56,7 @@ class Synced(VcrMiddle):
 
 
 ALONE = Synced()
-CASES = [case for case in ALONE.cases() if "batch" in (case.norm, case.state) and case.size != "N2C3p4S3136"]
+CASES = [case for case in ALONE.cases() if "batch" in (case.norm, case.state) and case.size != "N2C3p4S3136"][::2]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -195,13 +195,14 @@ def compiled(rank: int, backend: str) -> dict[str, Any]:
         return aot_eager(graph, inputs)
 
     found: dict[str, Any] = {}
-    for variant in ("default", "pixel"):
+    for variant in ("default", "pixel") if backend == "cpp" else ("default",):
         m = synced(make(backend, variant))
         mine = slice(0, 2) if rank == 0 else slice(2, 5)
         call = torch.compile(m, fullgraph=True, backend=look)
         found[variant] = both(rank, m, mine, call=call)
     found["graphs"] = len(graphs)
-    found["exchanges"] = graphs[0].count("all_gather") if graphs else 0
+    names = ("all_gather_into_tensor", "all_reduce")
+    found["exchanges"] = [name for name in names if f"{name}(" in graphs[0]]
     if backend == "cpp":
         m, mine = synced(make(backend)), slice(0, 2) if rank == 0 else slice(2, 5)
         found["inductor"] = both(rank, m, mine, call=torch.compile(m, fullgraph=True))
@@ -485,16 +486,19 @@ def test_checkpointing_and_autocast(found: Any) -> None:
 
 
 @two_processes
-@pytest.mark.parametrize("variant", ["default", "pixel"])
-def test_compiled_in_one_graph(found: Any, variant: str) -> None:
+def test_compiled_in_one_graph(found: Any) -> None:
     backend, *ranks = found
-    wanted = both(0, reference(make(backend, variant), VARIANTS[variant]), slice(None))[0]
-    assert_same(together(*(rank["compiled"][variant][0] for rank in ranks)), wanted, 1e-11)
+    variants = ("default", "pixel") if backend == "cpp" else ("default",)
+    for variant in variants:
+        wanted = both(0, reference(make(backend, variant), VARIANTS[variant]), slice(None))[0]
+        assert_same(together(*(rank["compiled"][variant][0] for rank in ranks)), wanted, 1e-11)
+        if variant == "default" and backend == "cpp":
+            assert_same(together(*(rank["compiled"]["inductor"][0] for rank in ranks)), wanted, 1e-11)
     for rank in ranks:
-        assert rank["compiled"]["graphs"] == 2  # one for each variant
-        assert backend == "composite" or rank["compiled"]["exchanges"]
-    if variant == "default" and backend == "cpp":
-        assert_same(together(*(rank["compiled"]["inductor"][0] for rank in ranks)), wanted, 1e-11)
+        assert rank["compiled"]["graphs"] == len(variants)
+        # What is exchanged is in the graph, for compilers to see.
+        wanted_names = ["all_gather_into_tensor", "all_reduce"] if backend == "cpp" else ["all_reduce"]
+        assert rank["compiled"]["exchanges"] == wanted_names
 
 
 @two_processes

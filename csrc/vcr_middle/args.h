@@ -134,9 +134,7 @@ struct MiddleBackward {
 // What the backward pass's steps leave to the following ones.
 struct MiddleBackwardWork {
   // E0, E1, F0, F1, K1 [N, C p], K0 [N, C], dL/dBN(G) [N, C, pt], ds, db [C p]
-  static int64_t summed(const Problem& pr) {
-    return 5 * pr.N * pr.channels() + pr.N * pr.C + pr.N * pr.C * pr.pt + 2 * pr.channels();
-  }
+  static int64_t summed(const Problem& pr) { return 5 * pr.N * pr.channels() + pr.N * pr.C + pr.N * pr.C * pr.pt + 2 * pr.channels(); }
   // dr, s dzbar / S [N, C p], r . dr [N, C]
   static int64_t attended(const Problem& pr) { return 2 * pr.N * pr.channels() + pr.N * pr.C; }
 };

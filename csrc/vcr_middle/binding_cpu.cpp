@@ -202,8 +202,9 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
     f.options.norm_eps = norm_eps;
     f.step = ForwardStep::states;
     Params<A> get;
-    f.params = Learned{norm_weight, norm_bias, value, query, key, logit, edge, none, none, none, none, scale_bias, shift_bias}
-                   .template unpack<A>(get, pr, f.options);
+    f.params =
+        Learned{norm_weight, norm_bias, value, query, key, logit, edge, none, none, none, none, scale_bias, shift_bias}.template unpack<A>(
+            get, pr, f.options);
     if (known_norm(f.options) == Norm::given) {
       require(norm_mean.has_value() && norm_var.has_value(), "norm 'given' takes norm_mean and norm_var");
       f.params.norm_mean = get(norm_mean, pr.channels(), "norm_mean");
@@ -223,12 +224,12 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
 }
 
 // What the later steps take alike.
-#define VCR_LEARNED                                                                                                                   \
-  const OptionalTensor &norm_weight, const OptionalTensor &norm_bias, const Tensor &value, const OptionalTensor &query,               \
-      const OptionalTensor &key, const OptionalTensor &logit, const OptionalTensor &edge, const OptionalTensor &state_weight,         \
+#define VCR_LEARNED                                                                                                                       \
+  const OptionalTensor &norm_weight, const OptionalTensor &norm_bias, const Tensor &value, const OptionalTensor &query,                   \
+      const OptionalTensor &key, const OptionalTensor &logit, const OptionalTensor &edge, const OptionalTensor &state_weight,             \
       const OptionalTensor &state_bias, const OptionalTensor &scale_weight, const OptionalTensor &shift_weight, const Tensor &scale_bias, \
       const Tensor &shift_bias
-#define VCR_LEARNED_NAMES                                                                                                          \
+#define VCR_LEARNED_NAMES \
   norm_weight, norm_bias, value, query, key, logit, edge, state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias
 #define VCR_VARIANT const std::string norm, const std::string sampler, const std::string edges, const std::string modulation
 #define VCR_VARIANT_NAMES norm, sampler, edges, modulation
@@ -291,8 +292,7 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
     using A = acc_t<T>;
     const MapInput map(y), grad(grad_out, map);
     Params<A> get;
-    MiddleBackward<T> f =
-        backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
+    MiddleBackward<T> f = backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const OptionalTensor parameters[] = {scale_weight, shift_weight, scale_bias, shift_bias};
     Tensor g[4], summed = new_small<A>({MiddleBackwardWork::summed(f.problem)}), state_sums = new_small<double>({2, f.problem.pt});
     for (int i = 0; i < 4; ++i) g[i] = new_gradient<A>(parameters[i]);
@@ -318,8 +318,7 @@ BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor
     using A = acc_t<T>;
     const MapInput map(y);
     Params<A> get;
-    MiddleBackward<T> f =
-        backward_step<T>(BackwardStep::states, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
+    MiddleBackward<T> f = backward_step<T>(BackwardStep::states, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
     const OptionalTensor parameters[] = {norm_weight, norm_bias, value, query, key, logit, edge};
     Tensor g[7], attended = new_small<A>({MiddleBackwardWork::attended(pr)}), norm_sums = new_small<A>({2, pr.channels()});
@@ -344,8 +343,7 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
     using A = acc_t<T>;
     const MapInput map(y), grad(grad_out, map);
     Params<A> get;
-    MiddleBackward<T> f =
-        backward_step<T>(BackwardStep::input, map, get, VCR_LEARNED_NAMES, saved, late, nullptr, VCR_VARIANT_NAMES);
+    MiddleBackward<T> f = backward_step<T>(BackwardStep::input, map, get, VCR_LEARNED_NAMES, saved, late, nullptr, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
     Tensor dy = new_map(map.tensor(), map.shape());
     f.grad_out = grad.template map<T>();
@@ -360,8 +358,8 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
 
 }  // namespace
 
-#define VCR_LEARNED_SCHEMA                                                                                                          \
-  "Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, Tensor? logit, Tensor? edge, "                 \
+#define VCR_LEARNED_SCHEMA                                                                                          \
+  "Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, Tensor? logit, Tensor? edge, " \
   "Tensor? state_weight, Tensor? state_bias, Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, "
 #define VCR_VARIANT_SCHEMA "str norm, str sampler, str edges, str modulation"
 

@@ -24,10 +24,10 @@ struct MiddleBackwardCpu {
   NormView<A> view;
   // [N, C p] each: the modulator's coefficients and sums, what the input's gradient is made of; K1 for pixel modulation.
   A *coefficients, *E0, *E1, *F0, *F1, *K1, *v, *dr, *constant;
-  A *rdr, *K0;     // [N, C]
-  A *dstate, *dh;  // [N, C, pt]
-  A* c1;           // [C p]
-  A *ds, *db;      // [C p]
+  A *rdr, *K0;           // [N, C]
+  A *dstate, *dh;        // [N, C, pt]
+  A* c1;                 // [C p]
+  A *ds, *db;            // [C p]
   A *summed, *attended;  // where these stand, as MiddleBackwardWork has them
 
   explicit MiddleBackwardCpu(const MiddleBackward<T>& args)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.module_tracker import ModuleTracker
 
 from ..collectives import Group, group_of
@@ -72,7 +73,7 @@ def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
-    if is_frozen(bn):
+    if not isinstance(bn, _BatchNorm) and is_frozen(bn):
         return False
     return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
