@@ -265,6 +265,19 @@ def test_intermediates() -> None:
     assert len(net.layer3) == len(net.layer4) == net.num_classes == 0
 
 
+def test_torchvision_s_detectors_take_it_as_a_backbone() -> None:
+    """At pixel level, with frozen norms: the paper's Mask R-CNN has an FPN on such maps."""
+    utils = imported("torchvision.models.detection.backbone_utils")
+    net = vcr_ops.freeze_batch_norm(vcr_ops.set_modulation(small(), "pixel"))
+    names = {f"layer{stage}": str(stage) for stage in (1, 2, 3, 4)}
+    backbone = utils.BackboneWithFPN(net, names, net.feature_info.channels()[1:], 32)
+    x = feature_map(1, 3, 64, 96)
+    maps = backbone(x)
+    assert [tuple(m.shape) for m in maps.values()][:4] == [(1, 32, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    sum(m.square().mean() for m in maps.values()).backward()
+    assert net.layer1[0].modulator.scale_weight.grad is not None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_checkpointing(backend: str) -> None:
     net = small(backend=backend)

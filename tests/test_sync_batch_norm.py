@@ -388,7 +388,7 @@ def reference(module: Any, options: dict[str, str]) -> Any:
 
 
 @two_processes
-@pytest.mark.parametrize("parts, variant, momentum", STEPS, ids="-".join)
+@pytest.mark.parametrize("parts, variant, momentum", STEPS, ids=["-".join(step) for step in STEPS])
 def test_steps_are_those_of_one_process(found: Any, parts: str, variant: str, momentum: str) -> None:
     """Three steps beside nn.BatchNorm with all images: outputs, gradients, running statistics, counters."""
     backend, *ranks = found
@@ -538,6 +538,22 @@ def test_what_is_said(found: Any) -> None:
 
 
 # One process
+
+
+def work_on_triton(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        m = vcr_ops.SyncBatchNorm.convert_sync_batchnorm(make("triton"))
+        torch.save(both(rank, m, part_of(rank, 3), n=3), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.triton
+def test_on_triton_the_norms_are_called(tmp_path: Path) -> None:
+    mp.spawn(work_on_triton, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt")[0] for rank in range(2))
+    assert_same(together(first, second), both(0, make("cpp"), slice(None), n=3)[0], 1e-10)
 
 
 def test_our_sync_batch_norm_by_itself() -> None:
