@@ -30,8 +30,8 @@ class VCRNet(nn.Module):
         zero_init_residual: start every bn3 with weight 0, so that blocks start as their shortcut.
         groups: C. width_per_group: p of the first stage.
         replace_stride_with_dilation: for stages 2 to 4, dilate instead of stride.
-        norm_layer: makes every norm of a map from a number of channels; default nn.BatchNorm for ``ndim``. Reasoners have
-            nn.BatchNorm1d of their states: convert_sync_batchnorm and freeze_batch_norm take them along.
+        norm_layer: makes every norm of a map from a number of channels; default nn.BatchNorm for ``ndim``. Reasoners
+            have nn.BatchNorm1d, of states: convert_sync_batchnorm and freeze_batch_norm take them along.
         ndim: 2 for images (N, 3, H, W), 3 for video (N, 3, T, H, W).
         in_chans: channels of the input. output_stride: 32, 16 or 8, timm's word for ``replace_stride_with_dilation``.
         global_pool: "avg", "max", "avgmax" (their mean), "catavgmax" (both), or "" for none, with num_classes=0.
