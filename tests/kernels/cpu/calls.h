@@ -164,10 +164,8 @@ class Caller {
     memory.freeze<A>("late");
     b.step = BackwardStep::sums, b.grads = modulator;
     kernels.middle_backward(b);
-    for (int64_t k = 0; k < 2 * pt; ++k) {
-      (k < pt ? dbias : dweight)[k % pt] = A(b.state_sums[k]);
-      state_shares[k] = c.state_batch ? b.state_sums[k] / states : 0;
-    }
+    for (int64_t k = 0; k < pt; ++k) dbias[k] = A(b.state_sums[k]), dweight[k] = A(b.state_sums[pt + k]);
+    for (int64_t k = 0; k < 2 * pt; ++k) state_shares[k] = c.state_batch ? b.state_sums[k] / states : 0;
     memory.freeze<A>("summed");
     b.step = BackwardStep::states, b.grads = others;
     kernels.middle_backward(b);
