@@ -41,12 +41,20 @@ def check_variants(
         raise ValueError("modulation is 'pixel', which needs an attention map; sampler='pool' has none")
 
 
-def check_count(argument: str, got: object) -> None:
-    """TypeError or ValueError unless ``got`` is an int of at least 1."""
+def check_count(argument: str, got: object, least: int = 1) -> None:
+    """TypeError or ValueError unless ``got`` is an int of at least ``least``."""
     if isinstance(got, bool) or not isinstance(got, int):
         raise TypeError(f"{argument} is {got!r}; it takes an int")
-    if got < 1:
-        raise ValueError(f"{argument} is {got}; it takes at least 1")
+    if got < least:
+        raise ValueError(f"{argument} is {got}; it takes at least {least}")
+
+
+def check_probability(argument: str, got: object) -> None:
+    """TypeError or ValueError unless ``got`` is the probability of dropping something, less than all."""
+    if isinstance(got, bool) or not isinstance(got, int | float):
+        raise TypeError(f"{argument} is {got!r}; it takes a number")
+    if not 0 <= got < 1:
+        raise ValueError(f"{argument} is {got}; it takes a probability, at least 0 and below 1")
 
 
 def check_channels(channels: object, concepts: object) -> None:
@@ -233,8 +241,10 @@ def check_concept_reason(
     bias: object,
     eps: object,
     edges: object,
+    *,
+    synced: bool = False,
 ) -> None:
-    """Errors of :func:`vcr_ops.concept_reason`'s arguments."""
+    """Errors of :func:`vcr_ops.concept_reason`'s arguments. Statistics that are synced go over more than h."""
     check_tensor("h", h)
     assert isinstance(h, Tensor)
     if h.dim() != 3 or 0 in h.shape[1:]:
@@ -246,7 +256,7 @@ def check_concept_reason(
         if got is not None:
             check_like(argument, got, (pt,), h, "h")
     check_eps("eps", eps)
-    if mean is None:
+    if mean is None and not synced:
         check_batch("h", n * concepts, f"N*C = 1 state, {tuple(h.shape)}")
 
 
@@ -301,8 +311,11 @@ def check_vcr_middle(
     sampler: object,
     edges: object,
     modulation: object,
+    *,
+    norm_synced: bool = False,
+    state_synced: bool = False,
 ) -> None:
-    """Errors of :func:`vcr_ops.visual_concept_reasoning`'s arguments."""
+    """Errors of :func:`vcr_ops.visual_concept_reasoning`'s arguments. Synced statistics go over more than y."""
     check_map("y", y)
     assert isinstance(y, Tensor)
     check_variants(sampler, edges, modulation)
@@ -329,7 +342,7 @@ def check_vcr_middle(
             check_like(argument, got, (pt,), y, "y")
     check_eps("state_eps", state_eps)
     _check_modulator_weights(y, "y", scale_weight, shift_weight, scale_bias, shift_bias, pt, concepts, p)
-    if norm == "batch":
+    if norm == "batch" and not norm_synced:
         check_batch("y", y.numel() // channels, f"N*S = 1 value per channel, {tuple(y.shape)}")
-    if state_mean is None:
+    if state_mean is None and not state_synced:
         check_batch("y", y.shape[0] * concepts, f"one image of C = 1 concept, {tuple(y.shape)}")

@@ -15,7 +15,8 @@ from .maps import map_format
 from .models.convert import ConvertedBlock
 from .modules.batch_norm import uses_batch_statistics
 from .modules.block import VCRBlock
-from .modules.middle import VisualConceptReasoning, fused_path
+from .modules.frozen_batch_norm import is_frozen
+from .modules.middle import VisualConceptReasoning, fused_path, path_without_sync, sync_groups
 from .ops.vcr_middle import composite
 
 
@@ -137,6 +138,10 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     case = case_of(y)
     backend, reason = choose(middle.backend, case)
     path = fused_path(norm, sampler, reasoner, modulator)
+    groups = sync_groups(path, norm, reasoner)
+    synced = [group for group in groups if group is not None]
+    if synced and backend.name == "triton":
+        path = path_without_sync(groups[1])
     strided = map_format(y) == "strided"
     steps, copies, notes = [], [], []
     for training in (True, False):
@@ -157,6 +162,10 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
         notes.append("evaluation's second read comes from cache, where the map of an image fits it")
+    if synced:
+        who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
+        processes = max(group.size for group in synced)
+        notes.append(f"training: batch statistics over {processes} processes, by {who}; small numbers are exchanged")
     if path != "whole":
         notes.append("the norm's own passes are not counted")
     return Explanation(
@@ -205,6 +214,8 @@ def op_arguments(y: Tensor, norm: Any, middle: Any, path: str, training: bool) -
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
 
     def batch(bn: Any) -> bool:
+        if is_frozen(bn):
+            return False
         if training and middle.training:
             return uses_batch_statistics(bn)  # one of them may be frozen
         return training or getattr(bn, "running_mean", None) is None

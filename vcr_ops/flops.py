@@ -198,3 +198,70 @@ def vcr_middle_backward(
     small = _sample_small(n, channels, pt, sampler) + _reason_small(n, concepts, pt, edges)
     small += _modulate_small(n, channels, pt, weights)
     return 2 * (math.prod(y) * per_element + 2 * small)
+
+
+# The steps of the middle where its statistics go over several processes; together what the two ops above take.
+
+
+def vcr_middle_stats(y: Shape, concepts: int, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_stats: mean and squares."""
+    return 2 * math.prod(y) * 2
+
+
+def vcr_middle_states(
+    y: Shape,
+    norm_mean: Any,
+    norm_var: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    value: Shape,
+    query: Any,
+    key: Any,
+    logit: Any,
+    edge: Any,
+    scale_bias: Any,
+    shift_bias: Any,
+    norm: str,
+    norm_eps: float,
+    sampler: str,
+    edges: str,
+    modulation: str,
+    **_: Any,
+) -> int:
+    """FLOPs of vcr_ops::vcr_middle_states."""
+    n, channels = y[:2]
+    concepts, _p, pt = value
+    small = _sample_small(n, channels, pt, sampler) + _reason_small(n, concepts, pt, edges)
+    return 2 * (math.prod(y) * _sample_map(sampler, pt, True) + small)
+
+
+def _weights_of(learned: Sequence[Any]) -> int:
+    return (learned[9] is not None) + (learned[10] is not None)
+
+
+def vcr_middle_modulate(y: Shape, *arguments: Any, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_modulate."""
+    weights, pt, modulation = _weights_of(arguments), arguments[2][2], arguments[-1]
+    per_element = 1 if modulation == "channel" else 1 + weights
+    return 2 * (math.prod(y) * per_element + _modulate_small(y[0], y[1], pt, weights))
+
+
+def vcr_middle_backward_sums(grad_out: Any, y: Shape, *arguments: Any, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_backward_sums: the pre-activation again, two sums (pixel: four, and k's moment)."""
+    weights, pt, modulation = _weights_of(arguments), arguments[2][2], arguments[-1]
+    per_element = 3 + (weights + 4 if modulation == "pixel" else 0)
+    return 2 * (math.prod(y) * per_element + 2 * _modulate_small(y[0], y[1], pt, weights))
+
+
+def vcr_middle_backward_states(y: Shape, *arguments: Any, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_backward_states."""
+    (concepts, _p, pt), sampler, edges = arguments[2], arguments[-3], arguments[-2]
+    small = _sample_small(y[0], y[1], pt, sampler) + _reason_small(y[0], concepts, pt, edges)
+    return 4 * small
+
+
+def vcr_middle_backward_input(grad_out: Any, y: Shape, *arguments: Any, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_backward_input: the pre-activation again, slope and c1; logits, dr . y, dl v."""
+    weights, norm_shares, sampler, modulation = _weights_of(arguments), arguments[17], arguments[-3], arguments[-1]
+    per_element = 2 + (weights if modulation == "pixel" else 0) + (norm_shares is not None)
+    return 2 * math.prod(y) * (per_element + (0 if sampler == "pool" else 3))

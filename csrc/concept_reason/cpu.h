@@ -131,19 +131,36 @@ VCR_INLINE void normalise_states(int64_t rows, int64_t pt, const A* g, const Sta
     }
 }
 
-// dstate is dL/dstate where the ReLU is active, else 0, in; dL/dg out. dweight, dbias [pt] are always written.
+// dstate is dL/dstate where the ReLU is active, else 0. Its sum over the rows, and that of its product with the normalised g: the
+// gradients of bias and weight, [pt] each.
 template <class A>
-void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* g, const StateNorm& norm, const A* weight, A* dstate,
-                               A* dweight, A* dbias) {
-  Scratch<double> scratch(2 * pt);
-  double *sum = scratch.get(), *product = sum + pt;
-  fill_zero(sum, 2 * pt);
+void state_norm_sums(int64_t rows, int64_t pt, const A* g, const StateNorm& norm, const A* dstate, double* sum, double* product) {
+  fill_zero(sum, pt);
+  fill_zero(product, pt);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
       const double d = double(dstate[r * pt + k]);
       sum[k] += d;
       product[k] += d * ((double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k]);
     }
+}
+// dstate in, dL/dg out. sum, product: of all rows whose statistics were taken together, divided by their number.
+template <class A>
+void state_norm_input_grad(int64_t rows, int64_t pt, const A* g, const StateNorm& norm, const A* weight, const double* sum,
+                           const double* product, A* dstate) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < pt; ++k) {
+      const double scale = (weight ? double(weight[k]) : 1.0) * norm.rstd[k], x = (double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k];
+      dstate[r * pt + k] = A(scale * (double(dstate[r * pt + k]) - sum[k] - x * product[k]));
+    }
+}
+// Both. dweight, dbias [pt] are always written.
+template <class A>
+void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* g, const StateNorm& norm, const A* weight, A* dstate,
+                               A* dweight, A* dbias) {
+  Scratch<double> scratch(2 * pt);
+  double *sum = scratch.get(), *product = sum + pt;
+  state_norm_sums(rows, pt, g, norm, dstate, sum, product);
   for (int64_t k = 0; k < pt; ++k) {
     dbias[k] = A(sum[k]);
     dweight[k] = A(product[k]);
@@ -151,11 +168,7 @@ void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* g,
     sum[k] *= share;
     product[k] *= share;
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < pt; ++k) {
-      const double scale = (weight ? double(weight[k]) : 1.0) * norm.rstd[k], x = (double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k];
-      dstate[r * pt + k] = A(scale * (double(dstate[r * pt + k]) - sum[k] - x * product[k]));
-    }
+  state_norm_input_grad(rows, pt, g, norm, weight, sum, product, dstate);
 }
 
 VCR_INLINE int64_t reason_backward_scratch(int64_t C, int64_t pt) { return 4 * pt * round_up(C, 16) + 16 * pt + 64; }

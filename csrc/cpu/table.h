@@ -10,6 +10,7 @@ template <class T>
 struct Kernels {
   void (*middle_forward)(const MiddleForward<T>&);
   void (*middle_backward)(const MiddleBackward<T>&);
+  void (*middle_stats)(const MiddleStats<T>&);
   void (*sample_forward)(const SampleForward<T>&);
   void (*sample_backward)(const SampleBackward<T>&);
   void (*modulate_forward)(const ModulateForward<T>&);

@@ -39,6 +39,7 @@ extern const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE);
 const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE) = {
     run<MiddleForwardCpu, MiddleForward<T>>,
     run<MiddleBackwardCpu, MiddleBackward<T>>,
+    channel_moments<T>,
     run_general<SampleForwardCpu, SampleForward<T>>,
     run_general<SampleBackwardCpu, SampleBackward<T>>,
     run_general<ModulateForwardCpu, ModulateForward<T>>,

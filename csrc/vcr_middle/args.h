@@ -34,7 +34,15 @@ struct MiddleGrads {
       *shift_bias;
 };
 
-// One array; its size does not depend on the variant. Evaluation needs no more than what stands before `edges`.
+// One op makes all passes of a direction; or, where statistics go over several processes, several make them, and what the processes
+// exchange is small numbers in between. norm is given or none for all steps but `whole`.
+//   forward    channel_moments (MiddleStats) | states: the sampler's pass, up to G | modulate: from the states' statistics on
+//   backward   sums: up to the states' norm | states: up to the map's norm | input: the last pass
+enum class ForwardStep { whole, states, modulate };
+enum class BackwardStep { whole, sums, states, input };
+
+// One array; its size does not depend on the variant. Evaluation needs no more than what stands before `edges`. `late`, an array of
+// its own where the forward pass takes several ops, has what follows the states' statistics.
 template <class A>
 struct MiddleSaved {
   A *mu, *rstd, *s;            // [C p]; unused without a batch norm, where every image is centred on its own mean
@@ -51,8 +59,9 @@ struct MiddleSaved {
     if (training) n += pr.N * pr.C * pr.C + pr.N * CP * pr.pt;
     return n;
   }
+  static int64_t late_size(const Problem& pr) { return 2 * pr.N * pr.channels() + pr.N * pr.C * pr.pt; }
   // Inlined for sure: a copy that the linker shared between levels might be one that this machine can't run.
-  __attribute__((always_inline)) MiddleSaved(const Problem& pr, A* at) {
+  __attribute__((always_inline)) MiddleSaved(const Problem& pr, A* at, A* late = nullptr) {
     const int64_t CP = pr.channels(), K = pr.N * pr.C * pr.pt;
     const auto take = [&at](int64_t count) {
       A* here = at;
@@ -60,8 +69,10 @@ struct MiddleSaved {
       return here;
     };
     mu = take(CP), rstd = take(CP), s = take(CP);
-    m = take(pr.N * CP), u = take(pr.N * CP), r = take(pr.N * CP), abar = take(pr.N * CP), bbar = take(pr.N * CP);
-    q = take(K), h = take(K), g = take(K), state = take(K);
+    m = take(pr.N * CP), u = take(pr.N * CP), r = take(pr.N * CP);
+    q = take(K), h = take(K), g = take(K);
+    if (late == nullptr) late = take(late_size(pr));
+    abar = late, bbar = abar + pr.N * CP, state = bbar + pr.N * CP;
     softmax = reinterpret_cast<Softmax<A>*>(take(3 * pr.N * pr.C));
     state_norm = take(2 * pr.pt);
     edges = take(pr.N * pr.C * pr.C);
@@ -82,6 +93,19 @@ struct MiddleForward {
   A *norm_mean, *norm_var, *state_mean, *state_var;
   Parallel pool;
   PassClock clock;
+  ForwardStep step = ForwardStep::whole;
+  A* late = nullptr;                   // MiddleSaved::late_size, where step isn't `whole`
+  double* moments = nullptr;           // [2, pt], written by `states`: mean and centred sum of squares of G
+  const double* state_norm = nullptr;  // [2, pt], read by `modulate`: mean and 1 / sqrt(variance + eps)
+};
+
+// Pass 1 alone.
+template <class T>
+struct MiddleStats {
+  Problem problem;
+  Map<const T> y;
+  double* moments;  // [2, C p]: mean and centred sum of squares of the batch; 0 where it is empty
+  Parallel pool;
 };
 
 template <class T>
@@ -96,6 +120,23 @@ struct MiddleBackward {
   MiddleGrads<A> grads;
   Parallel pool;
   PassClock clock;
+  BackwardStep step = BackwardStep::whole;
+  A* late = nullptr;
+  const double* state_norm = nullptr;    // as the forward pass had it
+  A* summed = nullptr;                   // MiddleBackwardWork::summed, written by `sums`
+  A* attended = nullptr;                 // MiddleBackwardWork::attended, written by `states`
+  double* state_sums = nullptr;          // [2, pt], written by `sums`: of dL/dBN(G), and of its product with the normalised G
+  const double* state_shares = nullptr;  // the same over all processes, divided by the number of states; 0 where G's norm is given
+  A* norm_sums = nullptr;                // [2, C p], written by `states`: ds, db
+  const A* norm_shares = nullptr;        // the same over all processes, divided by the number of positions; null: norm given or none
+};
+
+// What the backward pass's steps leave to the following ones.
+struct MiddleBackwardWork {
+  // E0, E1, F0, F1, K1 [N, C p], K0 [N, C], dL/dBN(G) [N, C, pt], ds, db [C p]
+  static int64_t summed(const Problem& pr) { return 5 * pr.N * pr.channels() + pr.N * pr.C + pr.N * pr.C * pr.pt + 2 * pr.channels(); }
+  // dr, s dzbar / S [N, C p], r . dr [N, C]
+  static int64_t attended(const Problem& pr) { return 2 * pr.N * pr.channels() + pr.N * pr.C; }
 };
 
 }  // namespace vcr

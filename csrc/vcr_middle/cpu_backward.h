@@ -24,13 +24,14 @@ struct MiddleBackwardCpu {
   NormView<A> view;
   // [N, C p] each: the modulator's coefficients and sums, what the input's gradient is made of; K1 for pixel modulation.
   A *coefficients, *E0, *E1, *F0, *F1, *K1, *v, *dr, *constant;
-  A *rdr, *K0;     // [N, C]
-  A *dstate, *dh;  // [N, C, pt]
-  A* c1;           // [C p]
-  A *ds, *db;      // [C p]
+  A *rdr, *K0;           // [N, C]
+  A *dstate, *dh;        // [N, C, pt]
+  A* c1;                 // [C p]
+  A *ds, *db;            // [C p]
+  A *summed, *attended;  // where these stand, as MiddleBackwardWork has them
 
   explicit MiddleBackwardCpu(const MiddleBackward<T>& args)
-      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), CP(pr.channels()), NC(pr.N * pr.C),
+      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved, f.late), CP(pr.channels()), NC(pr.N * pr.C),
         per_group(concepts_per_gather(pr)), groups(concept_groups(pr)), pixel(o.modulation == Modulation::pixel), constants(2 * CP),
         memory(12 * pr.N * CP + 2 * NC + 2 * NC * pr.pt + 3 * CP) {
     view = norm_view(pr, o.norm, saved, w, constants.get());
@@ -40,11 +41,13 @@ struct MiddleBackwardCpu {
       at += count;
       return here;
     };
-    coefficients = take(4 * pr.N * CP);
+    coefficients = take(4 * pr.N * CP), v = take(pr.N * CP), dh = take(NC * pr.pt), c1 = take(CP);
+    summed = take(MiddleBackwardWork::summed(pr)), attended = take(MiddleBackwardWork::attended(pr));
+    at = summed;
     E0 = take(pr.N * CP), E1 = take(pr.N * CP), F0 = take(pr.N * CP), F1 = take(pr.N * CP), K1 = take(pr.N * CP);
-    v = take(pr.N * CP), dr = take(pr.N * CP), constant = take(pr.N * CP);
-    rdr = take(NC), K0 = take(NC), dstate = take(NC * pr.pt), dh = take(NC * pr.pt);
-    c1 = take(CP), ds = take(CP), db = take(CP);
+    K0 = take(NC), dstate = take(NC * pr.pt), ds = take(CP), db = take(CP);
+    at = attended;
+    dr = take(pr.N * CP), constant = take(pr.N * CP), rdr = take(NC);
     if (!pixel) F0 = E0, F1 = E1;
   }
 
@@ -182,11 +185,13 @@ struct MiddleBackwardCpu {
     }
   }
 
-  void reasoner_gradients() const {
+  void state_norm_gradients() const {
     Scratch<double> memory(2 * pr.pt);
     const StateNorm norm{memory.get(), memory.get() + pr.pt};
     saved_state_norm(NC, pr.pt, o.state_batch, saved.g, saved.state_norm, norm);
     normalise_states_backward(NC, pr.pt, o.state_batch, saved.g, norm, w.state_weight, dstate, f.grads.state_weight, f.grads.state_bias);
+  }
+  void edge_gradients() const {
     Scratch<A> partial(o.edges == Edges::dynamic_edges ? NC * pr.pt : 0);
     reasoner_edges_backward(f.pool, pr.N, pr.C, pr.pt, o.edges, saved.h, w.edge, saved.edges, dstate, dh, f.grads.edge, partial.get());
   }
@@ -218,8 +223,11 @@ struct MiddleBackwardCpu {
       c1[j] = -saved.s[j] * saved.rstd[j] * saved.rstd[j] * ds[j] / count;
       db[j] *= -saved.s[j] / count;  // c0
     }
+    add_c0(c, db);
+  }
+  void add_c0(int64_t c, const A* c0) const {
     for (int64_t n = 0; n < pr.N; ++n)
-      for (int64_t j = c * p; j < (c + 1) * p; ++j) constant[n * CP + j] += db[j];
+      for (int64_t j = c * pr.p; j < (c + 1) * pr.p; ++j) constant[n * CP + j] += c0[j];
   }
 
   template <bool pixel_modulation>
@@ -293,8 +301,8 @@ struct MiddleBackwardCpu {
     for (A* to : {f.grads.logit, f.grads.scale_bias, f.grads.shift_bias, c1}) fill_zero(to, CP);
   }
 
-  void run() const {
-    for_each(f.pool, NC, [&](int64_t i) { recompute_coefficients(i / pr.C, i % pr.C); });
+  void coefficients_and_sums() const {
+    recompute_all();
     if (pixel)
       pixel_sums();
     else
@@ -305,12 +313,64 @@ struct MiddleBackwardCpu {
       Scratch<A> scratch(pr.p);
       for (int64_t c = begin; c < end; ++c) modulator_gradients_of(c, scratch.get());
     });
-    reasoner_gradients();
+  }
+  void recompute_all() const {
+    for_each(f.pool, NC, [&](int64_t i) { recompute_coefficients(i / pr.C, i % pr.C); });
+  }
+  void edges_and_sampler() const {
+    edge_gradients();
     for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(sample_backward_scratch(pr));
       for (int64_t c = begin; c < end; ++c) sampler_gradients(c, scratch.get());
     });
     tick(Pass::small_gradients);
+  }
+
+  // Of several ops, each with what the one before it left.
+  static void copy(const A* from, int64_t count, A* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+  StateNorm given_norm() const { return {const_cast<double*>(f.state_norm), const_cast<double*>(f.state_norm) + pr.pt}; }
+  void run_sums() const {
+    coefficients_and_sums();
+    state_norm_sums(NC, pr.pt, saved.g, given_norm(), dstate, f.state_sums, f.state_sums + pr.pt);
+    copy(summed, MiddleBackwardWork::summed(pr), f.summed);
+  }
+  void run_states() const {
+    copy(f.summed, MiddleBackwardWork::summed(pr), summed);
+    zero_gradients();
+    state_norm_input_grad(NC, pr.pt, saved.g, given_norm(), w.state_weight, f.state_shares, f.state_shares + pr.pt, dstate);
+    edges_and_sampler();
+    copy(ds, CP, f.norm_sums);
+    copy(db, CP, f.norm_sums + CP);
+    copy(attended, MiddleBackwardWork::attended(pr), f.attended);
+  }
+  void run_input() const {
+    copy(f.summed, MiddleBackwardWork::summed(pr), summed);
+    copy(f.attended, MiddleBackwardWork::attended(pr), attended);
+    recompute_all();
+    fill_zero(c1, CP);
+    if (f.norm_shares != nullptr) {
+      for (int64_t j = 0; j < CP; ++j) {
+        c1[j] = -saved.s[j] * saved.rstd[j] * saved.rstd[j] * f.norm_shares[j];
+        db[j] = -saved.s[j] * f.norm_shares[CP + j];
+      }
+      for (int64_t c = 0; c < pr.C; ++c) add_c0(c, db);
+    }
+    input_grad_all();
+    tick(Pass::middle_input_grad);
+  }
+
+  void run() const {
+    switch (f.step) {
+      case BackwardStep::sums: return run_sums();
+      case BackwardStep::states: return run_states();
+      case BackwardStep::input: return run_input();
+      case BackwardStep::whole: break;
+    }
+    coefficients_and_sums();
+    state_norm_gradients();
+    edges_and_sampler();
     input_grad_all();
     tick(Pass::middle_input_grad);
   }

@@ -3,6 +3,7 @@
 #pragma once
 #include "../concept_reason/cpu.h"
 #include "../concept_sample/cpu_forward.h"
+#include "cpu_stats.h"
 #include "cpu_view.h"
 
 namespace vcr {
@@ -24,7 +25,7 @@ struct MiddleForwardCpu {
   const bool pixel, natural;
 
   explicit MiddleForwardCpu(const MiddleForward<T>& args)
-      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved), constants(2 * pr.channels()),
+      : f(args), pr(f.problem), o(f.options), w(f.params), saved(pr, f.saved, f.late), constants(2 * pr.channels()),
         coefficients(4 * pr.N * pr.channels()), state_memory(2 * pr.pt), state_norm{state_memory.get(), state_memory.get() + pr.pt},
         CP(pr.channels()), NC(pr.N * pr.C), groups(concept_groups(pr)), per_group(concepts_per_gather(pr)),
         pixel(o.modulation == Modulation::pixel), natural(samples_naturally()) {
@@ -33,22 +34,6 @@ struct MiddleForwardCpu {
 
   void tick(Pass pass) const {
     if (f.clock != nullptr) f.clock(pass);
-  }
-
-  // Pass 1: of every (image, channel) the sum, and the centred sum of squares.
-  void channel_stats(Total* totals, double* squares) const {
-    if (f.y.layout() == Layout::contiguous) {
-      for_each(f.pool, NC, [&](int64_t i) {
-        const int64_t n = i / pr.C, j = i % pr.C * pr.p, at = n * CP + j;
-        rows_stats(f.y.at(n, j, 0), f.y.channel, pr.p, pr.S, totals + at, squares + at);
-      });
-    } else {
-      const int64_t width = 256, chunks = (CP + width - 1) / width;  // never by the number of threads
-      for_each(f.pool, pr.N * chunks, [&](int64_t i) {
-        const int64_t n = i / chunks, j = i % chunks * width, at = n * CP + j;
-        channel_stats_rows(f.y.at(n, j, 0), f.y.position, pr.S, min(width, CP - j), totals + at, squares + at);
-      });
-    }
   }
 
   // Images are merged in order, in double: Chan's formula. saved.m becomes the mean of yhat = y - mu, with mu as it is rounded.
@@ -213,7 +198,7 @@ struct MiddleForwardCpu {
     if (o.norm == Norm::batch) {
       Scratch<Total> totals(pr.N * CP);
       Scratch<double> squares(pr.N * CP);
-      channel_stats(totals.get(), squares.get());
+      channel_totals(pr, f.y, f.pool, totals.get(), squares.get());
       merge_stats(totals.get(), squares.get());
       scale_channels();
       tick(Pass::channel_stats);
@@ -255,11 +240,36 @@ struct MiddleForwardCpu {
     tick(Pass::concept_sample);
   }
 
+  // Of several ops: the sampler's pass, the states before their norm, and this batch's part of their statistics.
+  void run_states() const {
+    sample_all();
+    tick(Pass::concept_sample);
+    for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
+      Scratch<A> scratch(reason_scratch(pr.C, pr.pt));
+      for (int64_t n = begin; n < end; ++n) reason(n, scratch.get(), nullptr);
+    });
+    if (NC > 0)
+      state_moments(NC, pr.pt, saved.g, f.moments, f.moments + pr.pt);
+    else
+      fill_zero(f.moments, 2 * pr.pt);
+    tick(Pass::reason);
+  }
+  // And the rest, with the states' statistics.
+  void run_modulate() const {
+    for (int64_t k = 0; k < pr.pt; ++k) state_norm.mean[k] = f.state_norm[k], state_norm.rstd[k] = f.state_norm[pr.pt + k];
+    for_each(f.pool, pr.N, [&](int64_t n) { finish_states(n); });
+    tick(Pass::reason);
+    modulate_all();
+    tick(Pass::concept_modulate);
+  }
+
   void run() const {
+    if (f.step == ForwardStep::modulate) return run_modulate();
     if (o.norm == Norm::given) {
       given_stats();
       scale_channels();
     }
+    if (f.step == ForwardStep::states) return run_states();
     if (!o.state_batch) given_state_norm(pr.pt, o.state_eps, w.state_mean, w.state_var, state_norm, saved.state_norm);
     if (o.norm != Norm::batch && !o.state_batch && pr.N >= 2 * f.pool.threads)
       run_by_image();

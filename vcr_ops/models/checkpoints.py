@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..modules.block import VCRBlock
 from .convert import NEW, is_neutral
 
@@ -41,7 +42,7 @@ def load_resnext(model: Model, source: str | os.PathLike[str] | Mapping[str, Any
             ``num_batches_tracked`` may be missing.
         head: False leaves ``fc`` out, whether the file has one or not: the model's stays as it is.
     Returns:
-        The model.
+        The model. For video: :func:`load_inflated`.
     Raises:
         TypeError: source holds no state dict, or model is no module.
         FileNotFoundError: there is no such file.
@@ -50,6 +51,55 @@ def load_resnext(model: Model, source: str | os.PathLike[str] | Mapping[str, Any
             missing, unknown or of another shape: all such are listed; or the file is a ResNeXt's and modulators are
             not neutral, so that the network would not compute what the file's does. The model is then as it was.
     """
+    return _load(model, source, head, None)
+
+
+INFLATIONS = ("mean", "centre")
+
+
+def load_inflated(
+    model: Model, source: str | os.PathLike[str] | Mapping[str, Any], *, inflation: str = "mean", head: bool = True
+) -> Model:
+    """Load an image network's checkpoint into a network for video, whose kernels are inflated along time.
+
+    ::
+
+        load_inflated(vcrnet50_slow_only(400), "vcrnet50.pth", head=False)
+
+    All but the convolutions' weights is loaded as it is. On equal frames the network computes what the image network
+    does: exactly with "centre"; with "mean" but for the zeros that convolutions over three frames see beyond the ends.
+
+    Args:
+        model: as ``vcrnet50_slow_only``, or a VCRNet with ``ndim=3``.
+        source, head: as :func:`load_resnext`'s; a ResNeXt's (with ``zero_init=True``) or a VCRNet's. Weights that are
+            inflated already are loaded as they are.
+        inflation: "mean", every frame of a kernel is the image's over the number of frames (Carreira, Zisserman: Quo
+            Vadis, Action Recognition?; CVPR 2017; the paper's way); or "centre", the middle frame is the image's, the
+            others are 0.
+    Returns:
+        The model.
+    Raises:
+        as :func:`load_resnext`; ValueError: an unknown inflation, or the model isn't for video.
+    """
+    checks.check_name("inflation", inflation, INFLATIONS)
+    if isinstance(model, nn.Module) and not any(isinstance(m, nn.Conv3d) for m in model.modules()):
+        raise ValueError(f"the model, a {type(model).__name__}, has no convolution over time; load_resnext will do")
+    return _load(model, source, head, inflation)
+
+
+def _inflated(x: Tensor, shape: torch.Size, inflation: str) -> Tensor:
+    """An image convolution's weight for a video's of a shape; anything else as it is."""
+    if x.dim() != 4 or len(shape) != 5 or (*shape[:2], *shape[3:]) != x.shape:
+        return x
+    frames = shape[2]
+    if inflation == "mean":
+        return (x / frames).unsqueeze(2).expand(shape)
+    made = x.new_zeros(shape)
+    made[:, :, frames // 2] = x
+    return made
+
+
+def _load(model: Model, source: Any, head: bool, inflation: str | None) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it takes an nn.Module")
     blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, VCRBlock)]
@@ -65,6 +115,11 @@ def load_resnext(model: Model, source: str | os.PathLike[str] | Mapping[str, Any
     if not head:
         state = {key: x for key, x in state.items() if not key.startswith("fc.")}
         target = {key: x for key, x in target.items() if not key.startswith("fc.")}
+    # A frozen norm has running statistics, and counts nothing.
+    frozen = {key.removesuffix("running_mean") + _COUNTER for key in target if key.endswith(".running_mean")}
+    state = {key: x for key, x in state.items() if key in target or key not in frozen}
+    if inflation is not None:
+        state = {key: _inflated(x, target[key].shape, inflation) if key in target else x for key, x in state.items()}
     reasons = ours & state.keys()
     expected = {key for key in target if reasons or key not in ours}
     _check_keys(name, state, target, expected)

@@ -5,17 +5,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .. import checks
 from ..backend import check_backend
 from ..modules.batch_norm import are_plain
 from ..modules.block import VCRBlock
+from ..modules.frozen_batch_norm import is_frozen
 from ..modules.middle import run_middle
 from ..modules.modulator import ConceptModulator
 from ..modules.reasoner import ConceptReasoner
 from ..modules.sampler import ConceptSampler
+from ..modules.sync_batch_norm import SyncBatchNorm
 from .shadow import input_for, same, shadow
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +28,7 @@ PARTS = ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3",
 NEW = ("sampler", "reasoner", "modulator")
 """The modules that convert adds to a block."""
 
+_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 _CORE = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 _OPTIONS = ("modulation", "backend", "vcr_parts", "vcr_adapted")
 # What timm's bottlenecks may have besides, and what it is where it does something.
@@ -190,7 +193,8 @@ def _check_parts(block: nn.Module, parts: dict[str, str | None]) -> None:
     for name in ("bn1", "bn2", "bn3"):
         norm = part_of(block, parts, name)
         # A subclass with a forward of its own may, as timm's BatchNormAct2d, have an activation in it.
-        if norm is not None and getattr(type(norm), "forward", None) not in (_BatchNorm.forward, SyncBatchNorm.forward):
+        known = is_frozen(norm) or getattr(type(norm), "forward", None) in _NORM_FORWARDS
+        if norm is not None and not known:
             raise _Unfit(f"{parts[name]}, a {type(norm).__name__}, is no BatchNorm")
     if "act2" in parts:
         if type(act) is not nn.ReLU:

@@ -12,13 +12,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..modules.batch_norm import are_plain
 from ..modules.block import VCRBlock
+from ..modules.frozen_batch_norm import FrozenBatchNorm
+from ..modules.sync_batch_norm import SyncBatchNorm
 from .convert import ConvertedBlock
 from .shadow import input_for, same, shadow
-from .vcrnet import VCRNet
+from .vcrnet import VCRNet, VCRPyramid
 
 Model = TypeVar("Model", bound=nn.Module)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm)
 
 
 class _Pair(NamedTuple):
@@ -124,7 +126,7 @@ def _child(module: Any, path: str) -> Any:
 def _is_known(module: nn.Module) -> bool:
     """True where the forward is one that uses the pairs as pairs."""
     forward = type(module).forward
-    known = (nn.Sequential.forward, VCRBlock.forward, ConvertedBlock.forward, VCRNet.forward)
+    known = (nn.Sequential.forward, VCRBlock.forward, ConvertedBlock.forward, VCRNet.forward, VCRPyramid.forward)
     return forward in known and "forward" not in module.__dict__
 
 

@@ -1,44 +1,28 @@
-"""Batch norm modules whose work a fused op does: which ones it may take over, their statistics, and their update."""
+"""Batch norm modules whose work a fused op does: which ones it may take over, and where their statistics come from."""
 
-import threading
-from contextlib import ContextDecorator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.module_tracker import ModuleTracker
 
-from ..backend import tracing
+from ..collectives import Group, group_of
+from .frozen_batch_norm import FrozenBatchNorm, is_frozen
+from .sync_batch_norm import SyncBatchNorm
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# The classes that can be fused, and the numbers of dims that they take.
-BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-
-
-class _Updates(threading.local):
-    off = 0
-
-
-_updates = _Updates()
-
-
-class no_running_stats_update(ContextDecorator):
-    """Context manager, may be entered again: this package's modules leave running statistics alone in this thread.
-
-    Activation checkpointing runs a block's forward twice and so moves its statistics twice. To move them once::
-
-        checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), no_running_stats_update()))
-
-    Norm modules that run by themselves (bn1, bn3, downsample.1, GroupNorm, ...) are PyTorch's own, and not affected.
-    """
-
-    def __enter__(self) -> None:
-        _updates.off += 1
-
-    def __exit__(self, *_: object) -> None:
-        _updates.off -= 1
+# The classes that can be fused, and the numbers of dims that they take (any, where there are none).
+BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+    nn.SyncBatchNorm: (),
+    SyncBatchNorm: (),
+    FrozenBatchNorm: (),
+}
+_SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def has_global_hook() -> bool:
@@ -73,14 +57,16 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def is_plain_batch_norm(module: nn.Module | None) -> bool:
-    """True for exactly nn.BatchNorm1d, 2d or 3d (a subclass, as SyncBatchNorm, may do more) without hooks."""
-    return module is not None and type(module) in BATCH_NORM_CLASSES and are_plain(module)
+    """True for exactly one of the classes known here (a subclass may do more) without hooks."""
+    if module is None or not are_plain(module):
+        return False
+    return type(module) in BATCH_NORM_CLASSES or is_frozen(module)
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
     """ValueError where nn.BatchNorm would refuse the number of dims."""
-    dims = BATCH_NORM_CLASSES[type(bn)]
-    if y.dim() not in dims:
+    dims = BATCH_NORM_CLASSES.get(type(bn), ())
+    if dims and y.dim() not in dims:
         raise ValueError(
             f"{argument} has {y.dim()} dims; its batch norm is a {type(bn).__name__}, which takes {dims[-1]}"
         )
@@ -88,46 +74,13 @@ def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
+    if not isinstance(bn, _BatchNorm) and is_frozen(bn):
+        return False
     return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
 
-def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool) -> None:
-    """What nn.BatchNorm's training forward does to its buffers, for several modules in few calls.
-
-    Args:
-        updates: (module, batch's mean, batch's unbiased variance); modules that keep no statistics now are passed over.
-        empty: the batch has no images, so it counts but moves nothing.
-    """
-    if _updates.off:
-        return
-    moves: list[tuple[Any, Tensor | None, Tensor, Tensor]] = []  # momentum, counter, running, batch
-    counters, running, batch = [], [], []
-    together = tracing() != "torch.func"  # which has no rules for lists of tensors
-    for bn, mean, var in updates:
-        if not (bn.training and bn.track_running_stats):
-            continue
-        buffers, momentum = bn._buffers, bn.momentum
-        counter = buffers["num_batches_tracked"]
-        if counter is not None:
-            counters.append(counter)
-        for kept, new in ((buffers["running_mean"], mean), (buffers["running_var"], var)):
-            if kept is not None:
-                moves.append((momentum, counter, kept, new))
-                running.append(kept)
-                batch.append(new)
-                together = together and momentum is not None and momentum == moves[0][0] and kept.dtype is new.dtype
-    if together and moves and not empty:
-        if counters:
-            torch._foreach_add_(counters, 1)
-        torch._foreach_lerp_(running, batch, moves[0][0])
-        return
-    for counter in counters:
-        counter.add_(1)
-    for momentum, counter, kept, new in () if empty else moves:
-        weight = momentum
-        if momentum is None:  # the cumulative average
-            weight = new.new_zeros(()) if counter is None else 1 / counter.to(new.dtype)
-        if kept.dtype is new.dtype:
-            kept.lerp_(new, weight)
-        else:
-            kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))
+def sync_group(bn: Any) -> Group | None:
+    """The processes over which a SyncBatchNorm takes its statistics now: in training alone, as its own forward does."""
+    if type(bn) not in _SYNCHRONISED or not bn.training:
+        return None
+    return group_of(bn.process_group)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..backend import check_backend
 from .batch_norm import CONVOLUTIONS
+from .drop_path import DropPath
 from .middle import default_norm, run_middle
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
@@ -28,7 +29,11 @@ class VCRBlock(nn.Module):
         modulation: "channel" or "pixel" (not with "pool"). affine: "both", "scale" or "shift".
         ndim: 1, 2 or 3 spatial dims.
         zero_init: start as the plain ResNeXt block with the same weights.
+        dropout: probability that an element is dropped, at the branch's end (the paper's Places-365 networks: 0.02).
+        drop_path: probability that an image's whole branch is dropped (stochastic depth).
         backend: "auto", "cpp", "triton" or "composite".
+    Raises:
+        TypeError, ValueError: an argument is of another type, unknown or out of its range; says which.
     """
 
     expansion = 4
@@ -50,10 +55,14 @@ class VCRBlock(nn.Module):
         affine: str = "both",
         ndim: int = 2,
         zero_init: bool = False,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
         backend: str | None = "auto",
     ) -> None:
         super().__init__()
         checks.check_variants(sampler, edges, modulation, affine)
+        checks.check_probability("dropout", dropout)
+        checks.check_probability("drop_path", drop_path)
         for name, got in (("inplanes", inplanes), ("planes", planes), ("groups", groups)):
             checks.check_count(name, got)
         check_backend(backend or "auto")
@@ -78,6 +87,9 @@ class VCRBlock(nn.Module):
         self.sampler = ConceptSampler(width, groups, sampler=sampler, backend=backend)
         self.reasoner = ConceptReasoner(width, groups, edges=edges, backend=backend)
         self.modulator = ConceptModulator(width, groups, affine=affine, zero_init=zero_init, backend=backend)
+        # The paper doesn't say where in the block its dropout is: here where stochastic depth is.
+        self.register_module("dropout", nn.Dropout(dropout) if dropout else None)
+        self.register_module("drop_path", DropPath(drop_path) if drop_path else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, *spatial); returns (N, 4 * planes, *spatial), each spatial dim divided by the stride."""
@@ -86,6 +98,9 @@ class VCRBlock(nn.Module):
         m = self._modules  # past nn.Module.__getattr__, which is slow
         y = run_middle(y, m["bn2"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)
         out = self.bn3(self.conv3(y))
+        for drop in (m["dropout"], m["drop_path"]):
+            if drop is not None:
+                out = drop(out)
         out += shortcut
         return self.relu(out)
 

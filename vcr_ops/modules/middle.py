@@ -7,19 +7,21 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..backend import check_backend
+from ..collectives import Group
 from ..ops.vcr_middle.op import vcr_middle
+from ..ops.vcr_middle.synced import can_sync, vcr_middle_synced
 from .batch_norm import (
-    BATCH_NORM_CLASSES,
     BATCH_NORMS,
     are_plain,
     check_dims,
     has_global_hook,
     is_plain_batch_norm,
-    update_running_stats,
+    sync_group,
     uses_batch_statistics,
 )
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
+from .running_stats import update_running_stats
 from .sampler import ConceptSampler
 
 
@@ -34,21 +36,38 @@ def fused_path(bn: Any, sampler: Any, reasoner: Any, modulator: Any) -> str:
         or type(sampler) is not ConceptSampler
         or type(reasoner) is not ConceptReasoner
         or type(modulator) is not ConceptModulator
-        or type(state_bn) not in BATCH_NORM_CLASSES
-        or not are_plain(sampler, reasoner, modulator, state_bn)
+        or not is_plain_batch_norm(state_bn)
+        or not are_plain(sampler, reasoner, modulator)
     ):
         return "modules"
     return "whole" if is_plain_batch_norm(bn) else "after norm"
+
+
+def sync_groups(path: str, bn: Any, reasoner: Any) -> tuple[Group | None, Group | None]:
+    """The processes that the two norms' statistics go over now, where the middle is to compute them."""
+    if path == "modules":
+        return None, None
+    return (sync_group(bn) if path == "whole" else None), sync_group(reasoner._modules["bn"])
+
+
+def path_without_sync(state_group: Group | None) -> str:
+    """The path where a norm is synchronised, and the backend has no passes for that: the norms are called."""
+    return "after norm" if state_group is None else "modules"
+
+
+def _learned(bn: Any) -> Any:
+    """Where a batch norm's weight and bias are; a frozen one's are buffers."""
+    return bn._parameters or bn._buffers
 
 
 def _parameters(
     bn: Any, sampler: Any, reasoner: Any, modulator: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     try:  # past nn.Module.__getattr__, which is slow
-        s, m, n = sampler._parameters, modulator._parameters, bn and bn._parameters
-        r = reasoner._modules["bn"]._parameters
+        s, m, n = sampler._parameters, modulator._parameters, bn and _learned(bn)
+        r = _learned(reasoner._modules["bn"])
         return (
-            (n["weight"], n["bias"]) if n else (None, None),
+            (n["weight"], n["bias"]) if bn else (None, None),
             (s["value"], s["query"], s["key"], s["logit"], reasoner._parameters["edge"]),
             (r["weight"], r["bias"], m["scale_weight"], m["shift_weight"], m["scale_bias"], m["shift_bias"]),
         )
@@ -72,6 +91,10 @@ def run_middle(
 ) -> Tensor:
     """bn, sampler, reasoner, modulator on y (N, C*p, *spatial); in one op where nobody could tell."""
     path = fused_path(bn, sampler, reasoner, modulator)
+    norm_group, state_group = sync_groups(path, bn, reasoner)
+    synced = norm_group is not None or state_group is not None
+    if synced and not can_sync(backend, y):
+        path, synced = path_without_sync(state_group), False
     if path == "modules":
         return _call_modules(bn(y), sampler, reasoner, modulator, modulation)
     norm, norm_mean, norm_var, norm_eps = "none", None, None, 0.0
@@ -96,33 +119,38 @@ def run_middle(
         n, numel = y.shape[0], y.numel()
         checked = numel > 0 and (n > 1 or (numel != y.shape[1] and sampler.concepts != 1))
     norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
-    out, batch_mean, batch_var, batch_state_mean, batch_state_var = vcr_middle(
-        backend,
-        (
-            y,
-            norm_mean,
-            norm_var,
-            *norm_parameters,
-            *sample_parameters,
-            state_mean,
-            state_var,
-            *state_parameters,
-            norm,
-            norm_eps,
-            state_bn.eps,
-            sampler.sampler,
-            reasoner.edges,
-            modulation,
-        ),
-        checked=checked,
+    arguments = (
+        y,
+        norm_mean,
+        norm_var,
+        *norm_parameters,
+        *sample_parameters,
+        state_mean,
+        state_var,
+        *state_parameters,
+        norm,
+        norm_eps,
+        state_bn.eps,
+        sampler.sampler,
+        reasoner.edges,
+        modulation,
     )
+    if synced:
+        found = vcr_middle_synced(backend, arguments, norm_group, state_group)
+    else:
+        found = vcr_middle(backend, arguments, checked=checked)
+    out, batch_mean, batch_var, batch_state_mean, batch_state_var = found
     updates = []
     if norm == "batch":
         updates.append((bn, batch_mean, batch_var))
     if state_batch:
         updates.append((state_bn, batch_state_mean, batch_state_var))
-    if updates:
-        update_running_stats(updates, y.shape[0] == 0)
+    if not synced:
+        if updates:
+            update_running_stats(updates, y.shape[0] == 0)
+        return out
+    for update in updates:  # what others have counts where this process has no images
+        update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)
     return out
 
 

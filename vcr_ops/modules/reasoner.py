@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..backend import check_backend
 from ..maps import acc_dtype, without_autocast
+from ..ops.concept_reason.composite import concept_reason as composed
 from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
-from .batch_norm import has_global_hook, is_plain_batch_norm, update_running_stats, uses_batch_statistics
+from .batch_norm import has_global_hook, is_plain_batch_norm, sync_group, uses_batch_statistics
+from .running_stats import update_running_stats
 from .sampler import uniform_projection
 
 
@@ -47,20 +49,24 @@ class ConceptReasoner(nn.Module):
         bn: Any = self.bn
         if not is_plain_batch_norm(bn) or has_global_hook():
             return self._with_module(h)
-        batch = uses_batch_statistics(bn)
-        state, mean, var = concept_reason(
-            h,
-            self.edge,
-            mean=None if batch else bn.running_mean,
-            var=None if batch else bn.running_var,
-            weight=bn.weight,
-            bias=bn.bias,
-            eps=bn.eps,
-            edges=self.edges,
-            backend=self.backend,
-        )
+        batch, group = uses_batch_statistics(bn), sync_group(bn)
+        if group is not None:  # the map isn't touched, so PyTorch's ops will do
+            checks.check_concept_reason(h, self.edge, None, None, bn.weight, bn.bias, bn.eps, self.edges, synced=True)
+            state, mean, var = composed(h, self.edge, None, None, bn.weight, bn.bias, bn.eps, self.edges, group)
+        else:
+            state, mean, var = concept_reason(
+                h,
+                self.edge,
+                mean=None if batch else bn.running_mean,
+                var=None if batch else bn.running_var,
+                weight=bn.weight,
+                bias=bn.bias,
+                eps=bn.eps,
+                edges=self.edges,
+                backend=self.backend,
+            )
         if batch:
-            update_running_stats([(bn, mean, var)], h.shape[0] == 0)
+            update_running_stats([(bn, mean, var)], h.shape[0] == 0 and group is None)
         return state
 
     def _with_module(self, h: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 // One call of each kernel, forward and backward, with all its memory; results by name as the reference has them.
 #pragma once
+#include <cmath>
+
 #include "cpu/table.h"
 #include "memory.h"
 #include "pools.h"
@@ -14,6 +16,7 @@ struct Setting {
   Parallel pool = loop.parallel;
   bool backward = true;
   bool aligned = false;  // what is written begins at a vector's boundary, as streaming stores ask
+  bool steps = false;    // the middle's passes as ops of their own, as for statistics over several processes
 };
 
 struct Called {
@@ -43,6 +46,7 @@ class Caller {
   Caller(const Case& c_, const Tensors& inputs_, const Setting& how_) : c(c_), inputs(inputs_), how(how_) {}
 
   Called middle(const Kernels<T>& kernels) {
+    if (how.steps) return middle_in_steps(kernels);
     const Sizes& s = c.size;
     MiddleForward<T> f;
     f.problem = problem_of(s);
@@ -87,6 +91,88 @@ class Caller {
       memory.freeze<A>("saved");  // a second backward pass may follow
       kernels.middle_backward(b);
     }
+    return finish();
+  }
+
+  Called middle_in_steps(const Kernels<T>& kernels) {
+    const Sizes& s = c.size;
+    const bool batch = c.norm == Norm::batch;
+    const int64_t CP = s.channels(), pt = s.pt;
+    const double positions = double(s.N * s.S), states = double(s.N * s.C);
+    MiddleStats<T> m{problem_of(s), map_in("y", how.lie), memory.array<double>("moments", 2 * CP), how.pool};
+    MiddleForward<T> f{};
+    f.problem = m.problem;
+    f.options.norm = batch ? Norm::given : c.norm;
+    f.options.sampler = c.sampler, f.options.edges = c.edges, f.options.modulation = c.modulation;
+    f.params = {in("norm_mean"),  in("norm_var"),     in("norm_weight"),  in("norm_bias"),  in("value"),     in("query"),
+                in("key"),        in("logit"),        in("edge"),         in("state_mean"), in("state_var"), in("state_weight"),
+                in("state_bias"), in("scale_weight"), in("shift_weight"), in("scale_bias"), in("shift_bias")};
+    f.y = m.y;
+    f.out = map_out("out");
+    A* norm_mean = batch ? out("norm_mean", CP) : nullptr;
+    A* norm_var = batch ? out("norm_var", CP) : nullptr;
+    A* biased_var = memory.array<A>("biased variance", CP);
+    A* state_mean = c.state_batch ? out("state_mean", pt) : nullptr;
+    A* state_var = c.state_batch ? out("state_var", pt) : nullptr;
+    f.saved = memory.array<A>("saved", MiddleSaved<A>::size(f.problem, true) - MiddleSaved<A>::late_size(f.problem));
+    f.late = memory.array<A>("late", MiddleSaved<A>::late_size(f.problem));
+    f.moments = memory.array<double>("state moments", 2 * pt);
+    double* state_norm = memory.array<double>("state norm", 2 * pt);
+    f.state_norm = state_norm;
+    f.pool = how.pool;
+    MiddleBackward<T> b{};
+    b.problem = f.problem, b.options = f.options, b.y = f.y, b.saved = f.saved, b.late = f.late, b.pool = how.pool;
+    b.state_norm = state_norm;
+    b.params = f.params;
+    b.params.norm_mean = b.params.norm_var = b.params.state_mean = b.params.state_var = nullptr;
+    b.grad_out = map_in("grad_out", lie_of_gradient(s, how.lie));
+    b.dy = map_out("dy");
+    A *dweight = grad("state_weight", pt), *dbias = grad("state_bias", pt);
+    b.summed = memory.array<A>("summed", MiddleBackwardWork::summed(f.problem));
+    b.attended = memory.array<A>("attended", MiddleBackwardWork::attended(f.problem));
+    b.state_sums = memory.array<double>("state sums", 2 * pt);
+    double* state_shares = memory.array<double>("state shares", 2 * pt);
+    A *norm_sums = memory.array<A>("norm sums", 2 * CP), *norm_shares = memory.array<A>("norm shares", 2 * CP);
+    b.state_shares = state_shares, b.norm_sums = norm_sums, b.norm_shares = batch ? norm_shares : nullptr;
+    b.grads.scale_weight = grad("scale_weight"), b.grads.shift_weight = grad("shift_weight");
+    b.grads.scale_bias = grad("scale_bias"), b.grads.shift_bias = grad("shift_bias");
+    const MiddleGrads<A> modulator = b.grads;
+    MiddleGrads<A> others{};
+    others.norm_weight = grad("norm_weight"), others.norm_bias = grad("norm_bias"), others.value = grad("value");
+    others.query = grad("query"), others.key = grad("key"), others.logit = grad("logit"), others.edge = grad("edge");
+    memory.poison();
+    if (batch) {
+      kernels.middle_stats(m);
+      for (int64_t j = 0; j < CP; ++j) {
+        norm_mean[j] = A(m.moments[j]);
+        norm_var[j] = A(m.moments[CP + j] / (positions - 1));
+        biased_var[j] = A(m.moments[CP + j] / positions);
+      }
+      f.params.norm_mean = norm_mean, f.params.norm_var = biased_var;
+    }
+    f.step = ForwardStep::states;
+    kernels.middle_forward(f);
+    for (int64_t k = 0; k < pt; ++k) {
+      const double mean = f.moments[k], squares = f.moments[pt + k];
+      if (c.state_batch) state_mean[k] = A(mean), state_var[k] = A(squares / (states - 1));
+      state_norm[k] = c.state_batch ? mean : double(f.params.state_mean[k]);
+      state_norm[pt + k] = 1 / std::sqrt((c.state_batch ? squares / states : double(f.params.state_var[k])) + f.options.state_eps);
+    }
+    memory.freeze<A>("saved");
+    f.step = ForwardStep::modulate;
+    kernels.middle_forward(f);
+    memory.freeze<A>("late");
+    b.step = BackwardStep::sums, b.grads = modulator;
+    kernels.middle_backward(b);
+    for (int64_t k = 0; k < pt; ++k) dbias[k] = A(b.state_sums[k]), dweight[k] = A(b.state_sums[pt + k]);
+    for (int64_t k = 0; k < 2 * pt; ++k) state_shares[k] = c.state_batch ? b.state_sums[k] / states : 0;
+    memory.freeze<A>("summed");
+    b.step = BackwardStep::states, b.grads = others;
+    kernels.middle_backward(b);
+    for (int64_t j = 0; j < 2 * CP; ++j) norm_shares[j] = A(double(norm_sums[j]) / positions);
+    memory.freeze<A>("attended");
+    b.step = BackwardStep::input, b.grads = {};
+    kernels.middle_backward(b);
     return finish();
   }
 

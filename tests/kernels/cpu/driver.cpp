@@ -173,6 +173,13 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
       const std::string bad = reference.check(forward.results, type, gradients_of(reference), largest);
       if (!bad.empty()) fail(where + ", no backward", bad);
       if constexpr (std::is_same_v<Op, Middle>) {
+        if ((turn + int(lie)) % 2 == 0) {
+          const Called steps = call<Op, T>(c, inputs, {lie, pool.parallel, true, false, true});
+          ++report.calls;
+          if (!steps.damage.empty()) fail(where + ", in steps", "    changed: " + steps.damage);
+          const std::string off = reference.check(steps.results, type, {}, largest);
+          if (!off.empty()) fail(where + ", in steps", off);
+        }
         if (c.norm == Norm::batch || c.state_batch || c.size.N == 1) continue;
         const size_t image = size_t(c.size.channels() * c.size.S);
         for (int64_t n = 0; n < c.size.N; ++n) {

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...collectives import Group, synced_moments
 from ...maps import acc_dtype, without_autocast
 
 
@@ -28,8 +29,12 @@ def concept_reason(
     bias: Tensor | None,
     eps: float,
     edges: str,
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(BN(H + A H)), with the statistics used: those given, or the batch's, the variance unbiased and detached."""
+    """relu(BN(H + A H)), with the statistics used: those given, or the batch's, the variance unbiased and detached.
+
+    group: the batch is all its processes'.
+    """
     dtype = acc_dtype(h.dtype)
     with without_autocast(h):
         n, concepts, pt = h.shape
@@ -37,6 +42,8 @@ def concept_reason(
         if mean is not None and var is not None:
             used_mean, used_var = mean, var
             centred, variance = rows - mean.to(dtype), var.to(dtype)
+        elif group is not None:
+            centred, variance, used_mean, used_var = synced_moments(rows, (0,), n * concepts, group)
         elif n == 0:
             used_mean, used_var = h.new_zeros(pt, dtype=dtype), h.new_ones(pt, dtype=dtype)
             centred, variance = rows, used_var

@@ -1,0 +1,76 @@
+"""Running statistics of batch norms whose work isn't done by nn.BatchNorm's own forward: their update."""
+
+import threading
+from contextlib import ContextDecorator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import tracing
+
+
+class _Updates(threading.local):
+    off = 0
+
+
+_updates = _Updates()
+
+
+class no_running_stats_update(ContextDecorator):
+    """Context manager, may be entered again: this package's modules leave running statistics alone in this thread.
+
+    Activation checkpointing runs a block's forward twice and so moves its statistics twice. To move them once::
+
+        checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), no_running_stats_update()))
+
+    Norm modules that run by themselves (bn1, bn3, downsample.1, GroupNorm, ...) are PyTorch's own, and not affected.
+    """
+
+    def __enter__(self) -> None:
+        _updates.off += 1
+
+    def __exit__(self, *_: object) -> None:
+        _updates.off -= 1
+
+
+def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool) -> None:
+    """What nn.BatchNorm's training forward does to its buffers, for several modules in few calls.
+
+    Args:
+        updates: (module, batch's mean, batch's unbiased variance); modules that keep no statistics now are passed over.
+        empty: the batch has no images, so it counts but moves nothing.
+    """
+    if _updates.off:
+        return
+    moves: list[tuple[Any, Tensor | None, Tensor, Tensor]] = []  # momentum, counter, running, batch
+    counters, running, batch = [], [], []
+    together = tracing() != "torch.func"  # which has no rules for lists of tensors
+    for bn, mean, var in updates:
+        if not (bn.training and bn.track_running_stats):
+            continue
+        buffers, momentum = bn._buffers, bn.momentum
+        counter = buffers["num_batches_tracked"]
+        if counter is not None:
+            counters.append(counter)
+        for kept, new in ((buffers["running_mean"], mean), (buffers["running_var"], var)):
+            if kept is not None:
+                moves.append((momentum, counter, kept, new))
+                running.append(kept)
+                batch.append(new)
+                together = together and momentum is not None and momentum == moves[0][0] and kept.dtype is new.dtype
+    if together and moves and not empty:
+        if counters:
+            torch._foreach_add_(counters, 1)
+        torch._foreach_lerp_(running, batch, moves[0][0])
+        return
+    for counter in counters:
+        counter.add_(1)
+    for momentum, counter, kept, new in () if empty else moves:
+        weight = momentum
+        if momentum is None:  # the cumulative average
+            weight = new.new_zeros(()) if counter is None else 1 / counter.to(new.dtype)
+        if kept.dtype is new.dtype:
+            kept.lerp_(new, weight)
+        else:
+            kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))

@@ -1,0 +1,198 @@
+"""The middle with batch statistics over several processes: the same passes as ops of their own, and small exchanges.
+
+Forward: statistics (1R) | exchange mean, centred squares and count of each channel | sampler's pass (1R) | the same of
+each column of the states | modulator's pass (1R 1W). Backward: sums (2R) | exchange the two sums of each column |
+small gradients | exchange the two sums of each channel | input gradient (2R 1W). So: one exchange for each norm that is
+synchronised, in either direction. Gradients of parameters are this process's own, as nn.SyncBatchNorm's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks, flops
+from ...backend import case_of, resolve, tracing
+from ...collectives import Group, merged, total
+from ...library import STEPS, on_load
+from ...maps import acc_dtype, empty_map_like, map_format
+from ..dispatch import check_devices, like_parameter
+from . import composite
+
+
+def can_sync(backend: str | None, y: Tensor) -> bool:
+    """True where the backend that runs on y has synchronised statistics of its own; Triton has none yet."""
+    return resolve(backend, case_of(y)).name != "triton"
+
+
+def vcr_middle_synced(
+    backend: str | None, arguments: tuple[Any, ...], norm_group: Group | None, state_group: Group | None
+) -> tuple[Any, ...]:
+    """As ``op.vcr_middle``, with the groups over which the two norms' batch statistics go; None: this batch's alone.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit.
+        RuntimeError: the backend can't run here; or something is rewriting the ops that can't follow an exchange.
+    """
+    checks.check_vcr_middle(*arguments, norm_synced=norm_group is not None, state_synced=state_group is not None)
+    rewriting = tracing()
+    if rewriting:
+        raise RuntimeError(f"synchronised batch norm can't train under {rewriting}; make it nn.BatchNorm for that")
+    y, acc = arguments[0], acc_dtype(arguments[0].dtype)
+    name = resolve(backend, case_of(y)).name
+    if name == "composite":
+        return composite.vcr_middle(*arguments, norm_group=norm_group, state_group=state_group)
+    if map_format(y) == "strided":
+        arguments = (y.contiguous(), *arguments[1:])  # one copy for all passes
+    out, *statistics = _Synced.apply(norm_group, state_group, *arguments)
+    return out, *(None if x is None else x.to(acc) for x in statistics)
+
+
+class _Synced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, norm_group: Group | None, state_group: Group | None, *arguments: Any) -> Any:
+        ops = torch.ops.vcr_ops
+        y, norm_mean, norm_var = arguments[:3]
+        learned = (*arguments[3:10], *arguments[12:18])
+        state_mean, state_var = arguments[10:12]
+        norm, norm_eps, state_eps, sampler, edges, modulation = arguments[18:]
+        concepts, acc = learned[2].shape[0], acc_dtype(y.dtype)
+        positions = y.numel() // y.shape[1]
+        norm_count = state_count = norm_found = state_found = None
+        if norm == "batch":
+            norm_found = merged(ops.vcr_middle_stats(y, concepts), positions, norm_group)
+            norm, norm_mean, norm_var = "given", norm_found.mean.to(acc), norm_found.var.to(acc)
+            norm_count = norm_found.number
+        saved, moments = ops.vcr_middle_states(
+            y, norm_mean, norm_var, *learned[:7], *learned[11:], norm, norm_eps, sampler, edges, modulation
+        )
+        if state_mean is None:
+            state_found = merged(moments, y.shape[0] * concepts, state_group)
+            state_mean, state_var, state_count = state_found
+        state_norm = torch.stack((state_mean.double(), torch.rsqrt(state_var.double() + state_eps)))
+        variant = (norm, sampler, edges, modulation)
+        out, late = ops.vcr_middle_modulate(y, *learned, saved, state_norm, *variant)
+        ctx.save_for_backward(y, *learned, saved, late, state_norm, norm_count, state_count)
+        ctx.groups, ctx.variant = (norm_group, state_group), variant
+        statistics = [
+            x for found in (norm_found, state_found) for x in ((None, None) if found is None else _reported(found))
+        ]
+        ctx.mark_non_differentiable(*(x for x in statistics if x is not None))
+        return out, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ops = torch.ops.vcr_ops
+        y, *learned, saved, late, state_norm, norm_count, state_count = ctx.saved_tensors
+        (norm_group, state_group), variant, kept = ctx.groups, ctx.variant, (saved, late)
+        summed, state_sums, dscale_weight, dshift_weight, dscale_bias, dshift_bias = ops.vcr_middle_backward_sums(
+            grads[0], y, *learned, *kept, state_norm, *variant
+        )
+        shares = torch.zeros_like(state_sums)
+        if state_count is not None:
+            shares = total(state_sums, state_group) / state_count
+        attended, norm_sums, dnorm_weight, dnorm_bias, dvalue, dquery, dkey, dlogit, dedge = (
+            ops.vcr_middle_backward_states(y, *learned, *kept, state_norm, summed, shares, *variant)
+        )
+        norm_shares = None
+        if norm_count is not None:
+            norm_shares = (total(norm_sums.double(), norm_group) / norm_count).to(norm_sums.dtype)
+        dy = ops.vcr_middle_backward_input(grads[0], y, *learned, *kept, summed, attended, norm_shares, *variant)
+        norm_weight, norm_bias, _, query, key, logit, edge, weight, bias, scale_weight, shift_weight, _, _ = learned
+        return (
+            *(None, None, dy, None, None),
+            None if norm_weight is None else dnorm_weight,
+            None if norm_bias is None else dnorm_bias,
+            dvalue,
+            None if query is None else dquery,
+            None if key is None else dkey,
+            None if logit is None else dlogit,
+            None if edge is None else dedge,
+            *(None, None),
+            None if weight is None else state_sums[1].to(weight.dtype),
+            None if bias is None else state_sums[0].to(bias.dtype),
+            None if scale_weight is None else dscale_weight,
+            None if shift_weight is None else dshift_weight,
+            dscale_bias,
+            dshift_bias,
+            *(None,) * 6,
+        )
+
+
+def _reported(found: Any) -> tuple[Tensor, Tensor]:
+    return found.mean, found.unbiased()
+
+
+# What compilers need to know of the ops.
+
+
+def _sizes(y: Tensor, value: Tensor) -> tuple[Any, Any, Any, Any, Any]:
+    concepts, p, pt = value.shape
+    return y.shape[0], concepts, p, pt, acc_dtype(y.dtype)
+
+
+def _late_size(n: Any, concepts: Any, p: Any, pt: Any) -> Any:
+    return 2 * n * concepts * p + n * concepts * pt
+
+
+def _fake_stats(y: Tensor, concepts: int) -> Tensor:
+    return y.new_empty((2, y.shape[1]), dtype=torch.float64)
+
+
+def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_states", *arguments[:12])
+    y = arguments[0]
+    n, concepts, p, pt, acc = _sizes(y, arguments[5])
+    channels = concepts * p
+    size = 3 * channels + 3 * n * channels + 3 * n * concepts * pt + 3 * n * concepts
+    size += n * channels * pt + n * concepts * concepts + 2 * pt
+    return y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
+
+
+def _fake_modulate(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_modulate", *arguments[:16])
+    y = arguments[0]
+    n, concepts, p, pt, acc = _sizes(y, arguments[3])
+    return empty_map_like(y), y.new_empty((_late_size(n, concepts, p, pt),), dtype=acc)
+
+
+def _fake_sums(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_backward_sums", *arguments[:18])
+    y, learned = arguments[1], arguments[2:15]
+    n, concepts, p, pt, acc = _sizes(y, learned[2])
+    channels = concepts * p
+    size = 5 * n * channels + n * concepts + n * concepts * pt + 2 * channels
+    sums = y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
+    return *sums, *(like_parameter(w, y) for w in learned[9:])
+
+
+def _fake_backward_states(*arguments: Any) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_backward_states", *arguments[:19])
+    y, learned = arguments[0], arguments[1:14]
+    n, concepts, p, _, acc = _sizes(y, learned[2])
+    channels = concepts * p
+    attended = y.new_empty((2 * n * channels + n * concepts,), dtype=acc)
+    return attended, y.new_empty((2, channels), dtype=acc), *(like_parameter(w, y) for w in learned[:7])
+
+
+def _fake_input(*arguments: Any) -> Tensor:
+    check_devices("vcr_middle_backward_input", *arguments[:20])
+    return empty_map_like(arguments[1])
+
+
+def _unfit(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "vcr_middle: the steps of the fused kernels have no gradient of their own, and no double backward; use "
+        "backend='composite', which is differentiable twice"
+    )
+
+
+@on_load
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    fakes: tuple[Any, ...] = (_fake_stats, _fake_states, _fake_modulate, _fake_sums, _fake_backward_states, _fake_input)
+    for step, fake in zip(STEPS, fakes, strict=True):
+        torch.library.register_fake(f"vcr_ops::{step}", fake)
+        torch.library.register_autograd(f"vcr_ops::{step}", _unfit)
+        register_flop_formula(getattr(torch.ops.vcr_ops, step))(getattr(flops, step))
