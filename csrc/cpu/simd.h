@@ -25,6 +25,8 @@
 #endif
 
 #define VCR_INLINE static inline __attribute__((always_inline))
+// A loop over a map's tile or rows: all that it calls is inlined, lambdas too, however large the file that it is compiled in.
+#define VCR_KERNEL __attribute__((noinline, flatten))
 
 namespace vcr {
 namespace {
@@ -168,6 +170,27 @@ VCR_INLINE void store(bf16* to, vec<float> x) {
   const halves h = narrow(x);
   __builtin_memcpy(to, &h, sizeof h);
 }
+// Two adjacent vectors: in halves the rounding is decided for twice as many numbers at a time.
+template <class T>
+VCR_INLINE void store_two(T* to, vec<acc_t<T>> first, vec<acc_t<T>> second) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    const __m256 unordered = _mm256_cmp_ps(first, second, _CMP_UNORD_Q);
+    if (__builtin_expect(_mm256_testz_ps(unordered, unordered), 1)) {
+      const __m256i a = (__m256i)first, b = (__m256i)second, low = _mm256_set1_epi32(0xffff);
+      const __m256i upper = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+      const __m256i lower = _mm256_packus_epi32(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
+      // the carry of lower + 0x7fff + (upper & 1) is the top bit of (lower + that - 1 + 1) / 2
+      const __m256i half = _mm256_add_epi16(_mm256_and_si256(upper, _mm256_set1_epi16(1)), _mm256_set1_epi16(0x7ffe));
+      const __m256i carry = _mm256_srli_epi16(_mm256_avg_epu16(lower, half), 15);
+      _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(_mm256_add_epi16(upper, carry), 0xd8));
+      return;
+    }
+  }
+#endif
+  store(to, first);
+  store(to + lanes<acc_t<T>>, second);
+}
 #if defined(__AVX2__) && !defined(__AVX512F__)
 alignas(64) const int32_t tail_mask_source[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 VCR_INLINE __m256i tail_mask(int count) { return _mm256_loadu_si256((const __m256i*)(tail_mask_source + 8 - count)); }
@@ -252,6 +275,7 @@ VCR_INLINE void finish_stream() {
   _mm_sfence();
 #endif
 }
+// To be called from a loop, not from a lambda: for the compiler that has no effect, and the call is dropped.
 VCR_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 VCR_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 VCR_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
