@@ -19,16 +19,20 @@ struct RunningStats {
 // With n rows before and h rows here, of sums R and s: squares += sum (x - s / h)^2 + (n s - h R)^2 / (n h (n + h)). The rows are centred
 // on their mean as it was rounded, which is made up for.
 // n and weight: splats of n and of 1 / (n h (n + h)), or 0.
-template <int rows, class A, class Fetch, class FetchWide>
+// exactly: that so many rows add up in A as they would in double.
+template <int rows, bool exactly, class A, class Fetch, class FetchWide>
 VCR_INLINE void merge_rows(RunningStats<A>& running, vec<double> n, vec<double> weight, Fetch fetch, FetchWide fetch_wide) {
   constexpr int chains = rows > 1 ? 2 : 1;
   vec<A> x[rows], around[chains] = {};
   WideSum<A> sums[chains];
   unroll<rows>([&](auto R) {
     x[R] = fetch(R());
-    sums[R % chains].add(fetch_wide(R()));
+    if constexpr (!exactly) sums[R % chains].add(fetch_wide(R()));
   });
-  if constexpr (chains > 1) sums[0].add(sums[1]);
+  if constexpr (exactly)
+    sums[0].add(sum_of<rows>([&](auto R) { return x[R]; }));
+  else if constexpr (chains > 1)
+    sums[0].add(sums[1]);
   const WideSum<A>& sum = sums[0];
   Wide<A> mean;
   unroll<Wide<A>::count>([&](auto K) { mean.part[K] = sum.sum.part[K] * splat(1.0 / rows); });
@@ -50,7 +54,7 @@ VCR_INLINE void merge_rows(RunningStats<A>& running, vec<double> n, vec<double> 
 
 // Channels [0, count) of one image.
 template <class T>
-void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, Total* total, double* squares) {
+VCR_KERNEL void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, Total* total, double* squares) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const int64_t vectors = (count + W - 1) / W;
@@ -65,7 +69,7 @@ void channel_stats_rows(const T* y, int64_t stride, int64_t S, int64_t count, To
     for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
       if (j * sizeof(T) % 64 == 0)
         for (int k = 0; k < height(); ++k) prefetch(from + (k + height()) * stride + j);
-      merge_rows<height()>(
+      merge_rows<height(), (height() <= sums_exactly<T>)>(
           running[j / W], n, weight, [&](int k) { return load_some<whole()>(from + k * stride + j, some); },
           [&](int k) {
             if constexpr (whole())

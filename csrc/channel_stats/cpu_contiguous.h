@@ -10,18 +10,25 @@ constexpr int64_t stats_block = 1024;  // positions: a block stays in L1, and no
 
 // For statistics, sums are taken in twice the precision: a mean is often far smaller than the values.
 template <class T>
-VCR_INLINE Total block_total(const T* y, int64_t S) {
+VCR_INLINE WideSum<acc_t<T>> wide_sum(const T* y, int64_t S) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>;
+  constexpr int W = lanes<A>, exactly = sums_exactly<T>;
   WideSum<A> a[4];
   int64_t i = 0;
-  for (; i + 4 * W <= S; i += 4 * W) unroll<4>([&](auto K) { a[K].add(load_wide<A>(y + i + K * W)); });
-  for (; i + W <= S; i += W) a[0].add(load_wide<A>(y + i));
-  if (i < S) a[1].add(load_partial(y + i, int(S - i)));
+  if constexpr (exactly > 1) {
+    for (; i + exactly * W <= S; i += exactly * W) a[0].add(sum_of<exactly>([&](auto J) { return load(y + i + J * W); }));
+    vec<A> rest = zeros<A>();
+    for_vectors<A>(S - i, [&](int64_t at, auto whole, int some) { rest += load_some<whole()>(y + i + at, some); });
+    a[1].add(rest);
+  } else {
+    for (; i + 4 * W <= S; i += 4 * W) unroll<4>([&](auto K) { a[K].add(load_wide<A>(y + i + K * W)); });
+    for (; i + W <= S; i += W) a[0].add(load_wide<A>(y + i));
+    if (i < S) a[1].add(load_partial(y + i, int(S - i)));
+    a[2].add(a[3]);
+  }
   a[0].add(a[1]);
-  a[2].add(a[3]);
   a[0].add(a[2]);
-  return a[0].total();
+  return a[0];
 }
 
 // For a mean that is only a number among others, float sums of a block do. They are taken relative to a pivot near the data (0 where
@@ -94,7 +101,7 @@ VCR_INLINE void row_stats(const T* y, int64_t S, Total& total, double& squares) 
   squares = 0;
   for (int64_t i = 0; i < S; i += stats_block) {
     const double before = double(i), count = double(min(stats_block, S - i));
-    const Total block = block_total(y + i, int64_t(count));
+    const Total block = wide_sum(y + i, int64_t(count)).total();
     const A centre = A(block.sum / count);
     const double off = mean_less<A>(block, count, double(centre));
     if (i == 0) pivot = double(centre);
@@ -148,15 +155,8 @@ VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, Total* tota
   for (int half = 0; half < W; half += WD) {
     vec<double> sums[WD];
     unroll<WD>([&](auto J) {
-      WideSum<A> a[2];
-      for_short_row(y + (half + J) * row, S, [&](auto K, const T* from, auto whole, int some) {
-        if constexpr (whole())
-          a[K].add(load_wide<A>(from));
-        else
-          a[K].add(load_partial(from, some));
-      });
-      a[0].add(a[1]);
-      sums[J] = a[0].sum.part[0] + a[0].sum.part[1];
+      const Wide<A> s = wide_sum(y + (half + J) * row, S).sum;
+      sums[J] = s.part[0] + s.part[1];
     });
     store(sum + half, sum_rows<double>(sums));
   }
@@ -181,7 +181,7 @@ VCR_INLINE void short_rows_stats(const T* y, int64_t row, int64_t S, Total* tota
 
 // A row's result doesn't depend on the others'. Means of `count` rows less their pivots (null: 0).
 template <class T>
-VCR_INLINE void rows_means(const T* y, int64_t row, int64_t count, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean) {
+VCR_KERNEL void rows_means(const T* y, int64_t row, int64_t count, int64_t S, const acc_t<T>* pivot, acc_t<T>* mean) {
   constexpr int W = lanes<acc_t<T>>;
   int64_t j = 0;
   if (S <= short_row<acc_t<T>> && count % W == 0)
@@ -190,7 +190,7 @@ VCR_INLINE void rows_means(const T* y, int64_t row, int64_t count, int64_t S, co
 }
 // Sums and centred sums of squares of `count` rows.
 template <class T>
-VCR_INLINE void rows_stats(const T* y, int64_t row, int64_t count, int64_t S, Total* total, double* squares) {
+VCR_KERNEL void rows_stats(const T* y, int64_t row, int64_t count, int64_t S, Total* total, double* squares) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   int64_t j = 0;

@@ -114,7 +114,7 @@ VCR_INLINE void modulate_row(const T* y, T* out, int64_t S, acc_t<T> mu_, acc_t<
     return;
   }
   if (S >= lanes<A>) {
-    for (int64_t i = 0; i + lanes<A> < S; i += lanes<A>) store(out + i, relu<A>(fma(a, load(y + i) - mu, b)));
+    write_vectors(out, (S - 1) / lanes<A> * lanes<A>, [&](int64_t i, auto, int) { return relu<A>(fma(a, load(y + i) - mu, b)); });
     const int64_t last = S - lanes<A>;  // overlaps what has been written, with the same values
     store(out + last, relu<A>(fma(a, load(y + last) - mu, b)));
     return;
@@ -130,23 +130,23 @@ VCR_INLINE void modulate_position(const T* y, T* out, int64_t count, const acc_t
     for (int64_t i = 0; i < count; i += lanes<A>) store_stream(out + i, relu<A>(fma(load(a + i), load(y + i) - load(mu + i), load(b + i))));
     return;
   }
-  for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+  write_vectors(out, count, [&](int64_t i, auto whole, int some) {
     const vec<A> x = load_some<whole()>(y + i, some) - load_some<whole()>(mu + i, some);
-    store_some<whole()>(out + i, relu<A>(fma(load_some<whole()>(a + i, some), x, load_some<whole()>(b + i, some))), some);
+    return relu<A>(fma(load_some<whole()>(a + i, some), x, load_some<whole()>(b + i, some)));
   });
 }
 // A block of one (image, concept)'s tile; attention = M~ of the block's positions.
 template <class T, class O>
-VCR_INLINE void modulate_pixel_block(Tile<T> y, O* out, int64_t out_row, int64_t count, int64_t p, const ModulateArgs<acc_t<T>>& m,
+VCR_KERNEL void modulate_pixel_block(Tile<T> y, O* out, int64_t out_row, int64_t count, int64_t p, const ModulateArgs<acc_t<T>>& m,
                                      const acc_t<T>* attention) {
   using A = acc_t<T>;
   for (int64_t j = 0; j < p; ++j) {
     const T* from = y.data + j * y.row;
     O* to = out + j * out_row;
     const vec<A> mu = splat(m.mu[j]), A0 = splat(m.A0[j]), B0 = splat(m.B0[j]), A1 = splat(m.A1[j]), B1 = splat(m.B1[j]);
-    for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+    write_vectors(to, count, [&](int64_t i, auto whole, int some) {
       const vec<A> x = load_some<whole()>(from + i, some) - mu, M = load(attention + i);
-      store_some<whole()>(to + i, relu<A>(pre_activation<A>(M, slope_at<A>(M, A0, A1), x, B0, B1)), some);
+      return relu<A>(pre_activation<A>(M, slope_at<A>(M, A0, A1), x, B0, B1));
     });
   }
 }
@@ -155,7 +155,7 @@ VCR_INLINE void modulate_pixel_block(Tile<T> y, O* out, int64_t out_row, int64_t
 
 // E0 = sum e, E1 = sum e yhat over one contiguous row.
 template <class T>
-VCR_INLINE void backward_sums_row(const T* y, const T* d, int64_t S, acc_t<T> mu_, acc_t<T> a_, acc_t<T> b_, acc_t<T>& E0, acc_t<T>& E1) {
+VCR_KERNEL void backward_sums_row(const T* y, const T* d, int64_t S, acc_t<T> mu_, acc_t<T> a_, acc_t<T> b_, acc_t<T>& E0, acc_t<T>& E1) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const vec<A> mu = splat(mu_), a = splat(a_), b = splat(b_);
@@ -188,8 +188,8 @@ VCR_INLINE void backward_sums_row(const T* y, const T* d, int64_t S, acc_t<T> mu
 // The same over channels [0, count) of one channels_last image; mu, a, b, E0, E1 [count]. Eight rows at a time, along the channels (see
 // channel_stats). A float sum runs over 8 rows, then over 32 such sums, then in double.
 template <class T>
-void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int64_t d_stride, int64_t S, int64_t count, const acc_t<T>* mu,
-                        const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
+VCR_KERNEL void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int64_t d_stride, int64_t S, int64_t count, const acc_t<T>* mu,
+                                   const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
   using A = acc_t<T>;
   const int64_t padded = round_up(count, lanes<A>);
   Scratch<A> running(2 * padded);
@@ -233,7 +233,7 @@ void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int64_t d_stri
 
 // Short contiguous rows, as many as a vector has lanes: their lanes are added up together (see channel_stats).
 template <class T>
-VCR_INLINE void backward_sums_short_rows(const T* y, int64_t y_row, const T* d, int64_t d_row, int64_t S, const acc_t<T>* mu,
+VCR_KERNEL void backward_sums_short_rows(const T* y, int64_t y_row, const T* d, int64_t d_row, int64_t S, const acc_t<T>* mu,
                                          const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
@@ -257,7 +257,7 @@ VCR_INLINE void backward_sums_short_rows(const T* y, int64_t y_row, const T* d, 
 // Pixel modulation, one block of a tile: adds to E0, E1, F0 = sum M~ e, F1 = sum M~ e yhat (all [p], double) and writes
 // k_i = sum_ch e_i (A1 yhat_i + B1) (without the factor M~_i) of the block's positions.
 template <class T, class D>
-VCR_INLINE void backward_sums_pixel_block(Tile<T> y, Tile<D> d, int64_t count, int64_t p, const ModulateArgs<acc_t<T>>& m,
+VCR_KERNEL void backward_sums_pixel_block(Tile<T> y, Tile<D> d, int64_t count, int64_t p, const ModulateArgs<acc_t<T>>& m,
                                           const acc_t<T>* attention, double* E0, double* E1, double* F0, double* F1, acc_t<T>* k) {
   using A = acc_t<T>;
   for (int64_t i = 0; i < round_up(count, lanes<A>); ++i) k[i] = 0;

@@ -14,12 +14,12 @@ constexpr int64_t natural_mean_rows = 64;  // of a float sum; such sums are adde
 constexpr int64_t natural_block = 16;      // positions between two looks at the maximum; a float sum runs over them,
 constexpr int64_t natural_merged = 512;    // then over the blocks of this many positions, then over these
 constexpr int64_t natural_width = 256;     // channels of a block of rows that stay in L1
-constexpr int64_t natural_near = 1 << 19;  // bytes of an image that need no prefetching
 
 // The means of channels [0, count) of one image less their pivots (null: 0); count is a multiple of a vector. Two rows at a time: more
 // would be more streams than memory delivers at its best.
 template <class T>
-void natural_means(const T* y, int64_t stride, int64_t S, int64_t count, const float* pivot, float* running, double* total, float* mean) {
+VCR_KERNEL void natural_means(const T* y, int64_t stride, int64_t S, int64_t count, const float* pivot, float* running, double* total,
+                              float* mean) {
   constexpr int W = lanes<float>;
   for (int64_t j = 0; j < count; ++j) total[j] = 0;
   for (int64_t i = 0; i < S; i += natural_mean_rows) {
@@ -75,7 +75,7 @@ class NaturalAttention {
 
   // `steps` times G positions of channels [begin, end); of the last G, only the first `some` where not `whole`.
   template <int steps, bool whole, class T>
-  __attribute__((flatten)) void block(const T* y, int64_t stride, int64_t begin, int64_t end, int some, bool far) {
+  VCR_KERNEL void block(const T* y, int64_t stride, int64_t begin, int64_t end, int some, bool far) {
     const float *mus = mu_, *vs = v_;
     float *const logits = logits_, *const centred = centred_, *const tops = top_, *const weights = weight_, *const sums = sum_;
     for (int64_t c = begin; c < end; c += slot) {
@@ -106,7 +106,8 @@ class NaturalAttention {
       float* l = logits + at(c - begin) * steps;
       if (far)  // the next block's rows arrive while the exponentials keep the core busy
         for (int64_t j = c; j < c + slot; j += 64 / int64_t(sizeof(T)))
-          if (j * sizeof(T) % 64 == 0) unroll<steps * G>([&](auto I) { prefetch_second_level(y + (steps * G + I) * stride + j); });
+          if (j * sizeof(T) % 64 == 0)
+            for (int k = 0; k < steps * G; ++k) prefetch_second_level(y + (steps * G + k) * stride + j);
       V high = load(l);
       unroll<steps - 1>([&](auto K) { high = maximum<float>(high, load(l + (K + 1) * W)); });
       if (any_greater<float>(high, load(tops + at(c)) + softmax_slack)) raise(c, high);

@@ -13,53 +13,54 @@ constexpr int64_t sample_block = 128 * lanes<float>;  // positions that moments 
 template <class A>
 inline constexpr int64_t moment_block = sizeof(A) == 4 ? sample_block : 32 * lanes<A>;
 
-// logits[i] = sum_j (y[j, begin + i] - mu[j]) v[j], i < count; lanes past the end are -inf. The sum over j runs in one order
-// everywhere, so that the backward pass finds the same bits.
-template <int P, class T>
-VCR_INLINE void logits(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* out) {
+// out[k][i] = sum_j (y[j, begin + i] - mu[j]) v[k][j], i < count; lanes past the end are -inf in out[0], 0 in the others. The sum over j
+// runs in one order everywhere, so that the backward pass finds the same bits.
+template <int P, int count_v, class T>
+VCR_INLINE void scores(Tile<T> y, int64_t begin, int64_t count, int64_t p_, const acc_t<T>* mu, const acc_t<T>* const (&v)[count_v],
+                       acc_t<T>* const (&out)[count_v]) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>;
+  constexpr int W = lanes<A>, together = count_v <= 2 ? 4 : 2;
   const int64_t p = P > 0 ? P : p_;
   int64_t i = 0;
-  for (; i + 4 * W <= count; i += 4 * W) {
-    vec<A> x0 = zeros<A>(), x1 = x0, x2 = x0, x3 = x0;
+  // all vectors in one sweep: the chains of sums over j run side by side
+  const auto some_vectors = [&](auto vectors, auto partial, int some) {
+    vec<A> x[count_v][vectors() + 1] = {};
     const T* from = y.data + begin + i;
     for (int64_t j = 0; j < p; ++j, from += y.row) {
-      const vec<A> m = splat(mu[j]), w = splat(v[j]);
-      x0 = fma(load(from) - m, w, x0);
-      x1 = fma(load(from + W) - m, w, x1);
-      x2 = fma(load(from + 2 * W) - m, w, x2);
-      x3 = fma(load(from + 3 * W) - m, w, x3);
+      const vec<A> m = splat(mu[j]);
+      vec<A> centred[vectors() + 1];
+      unroll<vectors()>([&](auto K) { centred[K] = load(from + K * W) - m; });
+      if constexpr (partial()) centred[vectors()] = load_partial(from + vectors() * W, some) - m;
+      unroll<count_v>([&](auto V) {
+        const vec<A> w = splat(v[V][j]);
+        unroll<vectors() + partial()>([&](auto K) { x[V][K] = fma(centred[K], w, x[V][K]); });
+      });
     }
-    store(out + i, x0);
-    store(out + i + W, x1);
-    store(out + i + 2 * W, x2);
-    store(out + i + 3 * W, x3);
-  }
-  // what is left in one sweep, too: the chains of a sum over j run side by side
-  const auto rest = [&](auto vectors, auto partial, int some) {
-    vec<A> x[vectors() + 1] = {};
-    const T* from = y.data + begin + i;
-    for (int64_t j = 0; j < p; ++j, from += y.row) {
-      const vec<A> m = splat(mu[j]), w = splat(v[j]);
-      unroll<vectors()>([&](auto K) { x[K] = fma(load(from + K * W) - m, w, x[K]); });
-      if constexpr (partial()) x[vectors()] = fma(load_partial(from + vectors() * W, some) - m, w, x[vectors()]);
-    }
-    unroll<vectors()>([&](auto K) { store(out + i + K * W, x[K]); });
-    if constexpr (partial()) {
-      mask_t<A> index;
-      for (int k = 0; k < W; ++k) index[k] = k;
-      store(out + i + vectors() * W, index < decltype(index[0] + 0)(some) ? x[vectors()] : splat(-A(__builtin_inf())));
-    }
+    unroll<count_v>([&](auto V) {
+      unroll<vectors()>([&](auto K) { store(out[V] + i + K * W, x[V][K]); });
+      if constexpr (partial()) {
+        mask_t<A> index;
+        for (int k = 0; k < W; ++k) index[k] = k;
+        const vec<A> beyond = V() == 0 ? splat(-A(__builtin_inf())) : zeros<A>();
+        store(out[V] + i + vectors() * W, index < decltype(index[0] + 0)(some) ? x[V][vectors()] : beyond);
+      }
+    });
   };
-  unroll<4>([&](auto K) {
+  using yes = std::integral_constant<bool, true>;
+  using no = std::integral_constant<bool, false>;
+  for (; i + together * W <= count; i += together * W) some_vectors(std::integral_constant<int, together>{}, no{}, 0);
+  unroll<together>([&](auto K) {
     if ((count - i) / W != K) return;
     const int some = int((count - i) % W);
     if (some != 0)
-      rest(K, std::integral_constant<bool, true>{}, some);
+      some_vectors(K, yes{}, some);
     else if constexpr (K() > 0)
-      rest(K, std::integral_constant<bool, false>{}, some);
+      some_vectors(K, no{}, 0);
   });
+}
+template <int P, class T>
+VCR_INLINE void logits(Tile<T> y, int64_t begin, int64_t count, int64_t p, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* out) {
+  scores<P, 1>(y, begin, count, p, mu, {v}, {out});
 }
 
 // weights: the logits of all S positions in, exp(logit - maximum) out, 0 in the lanes past the end.
@@ -142,7 +143,7 @@ constexpr int64_t attend_block = 64 * lanes<float>;
 constexpr int64_t prefetched_tile = 16384;  // bytes
 
 template <int P, class T>
-void attend_tile(Tile<T> y, int64_t S, int64_t p, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* scratch, acc_t<T>* r) {
+VCR_KERNEL void attend_tile(Tile<T> y, int64_t S, int64_t p, const acc_t<T>* mu, const acc_t<T>* v, acc_t<T>* scratch, acc_t<T>* r) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   const T* next = p * S * int64_t(sizeof(T)) >= prefetched_tile ? y.data + p * y.row : nullptr;
@@ -234,17 +235,39 @@ VCR_INLINE void add_second_moment(Tile<T> y, int64_t begin, int64_t count, const
   }
 }
 
+// States as wide as vectors, whose lanes go over them.
+template <class A, int P, int PT>
+inline constexpr bool states_in_lanes = sizeof(A) == 4 && P > 0 && P % 8 == 0 && !full_covariance<P> && PT > 0 && PT % lanes<A> == 0;
+// Few states, of a width known when this is compiled: what moments need of a position, yhat . w[:, k], comes out of the sweep for the logits.
+template <class A, int P, int PT>
+inline constexpr bool projects_with_logits =
+    sizeof(A) == 4 && P > 0 && P % 4 == 0 && !full_covariance<P> && !states_in_lanes<A, P, PT> && PT == 4;
+
 // g_k = yhat . w[:, k]; projected[k, i] = e_i g_k(i), G[k] += its sum, moment[j, k] += sum_i yhat[j, i] projected[k, i] over one block.
+// With projects_with_logits, `projected` holds g_k.
 template <int P, int PT, class T>
 VCR_INLINE void add_projected_moment(Tile<T> y, int64_t begin, int64_t count, const Problem& pr, const acc_t<T>* mu, const acc_t<T>* w,
                                      const acc_t<T>* e, acc_t<T>* projected, acc_t<T>* G, acc_t<T>* r, acc_t<T>* moment) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
   constexpr bool fixed = P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0 && sizeof(A) == 4;
+  constexpr bool early = projects_with_logits<A, P, PT>;
   const Width<P, PT> size(pr);
-  const int64_t p = size.p(), pt = size.pt(), row = padded_row(min(pr.S, sample_block));
+  const int64_t p = size.p(), pt = size.pt(), row = padded_row(early ? pr.S : min(pr.S, sample_block));
   constexpr int KB = fixed ? PT : 1;
-  for (int64_t k0 = 0; k0 < pt; k0 += KB) {
+  if constexpr (early) {
+    vec<A> total[PT] = {};
+    for (int64_t i = 0; i < count; i += W) {
+      const vec<A> weight = load(e + i);
+      unroll<PT>([&](auto K) {
+        const vec<A> x = weight * load(projected + K * row + i);
+        total[K] += x;
+        store(projected + K * row + i, x);
+      });
+    }
+    for (int k = 0; k < PT; ++k) G[k] += hsum<A>(total[k]);
+  }
+  for (int64_t k0 = early ? pt : 0; k0 < pt; k0 += KB) {
     vec<A> total[KB] = {};
     for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
       vec<A> g[KB] = {};
@@ -302,8 +325,6 @@ VCR_INLINE void add_projected_moment(Tile<T> y, int64_t begin, int64_t count, co
 
 // States as wide as vectors: lanes go over k, so that no sum has lanes to add up. Same result as add_projected_moment, by blocks of
 // `state_block` positions whose centred tile stays in L1.
-template <class A, int P, int PT>
-inline constexpr bool states_in_lanes = sizeof(A) == 4 && P > 0 && P % 8 == 0 && !full_covariance<P> && PT > 0 && PT % lanes<A> == 0;
 constexpr int64_t state_block = 128;
 
 template <int P, int PT, class T>
@@ -365,35 +386,46 @@ VCR_INLINE void add_moment_by_states(Tile<T> y, int64_t begin, int64_t count, co
   }
 }
 
-// Elements of scratch that sample_tile needs.
+// Elements of scratch that sample_tile needs: for what moments are made of, and in all.
+VCR_INLINE int64_t projected_scratch(const Problem& pr) {
+  return max(pr.pt * padded_row(pr.S), pr.p * padded_row(state_block) + pr.pt * state_block);
+}
 VCR_INLINE int64_t sample_scratch(const Problem& pr) {
-  const int64_t projected = max(pr.pt * padded_row(min(pr.S, sample_block)), pr.p * padded_row(state_block) + pr.pt * state_block);
-  return round_up(pr.S, 16) + projected + pr.p * pr.pt + pr.p * max(pr.p, pr.pt) + pr.pt + 64;
+  return round_up(pr.S, 16) + projected_scratch(pr) + pr.p * pr.pt + pr.p * max(pr.p, pr.pt) + pr.pt + 64;
 }
 
 // Returns the softmax; writes r [p] and, where R is not null, R [p, pt]. On return scratch begins with exp(logit - maximum) of every position.
 template <int P, int PT, class T>
-Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc_t<T>>& a, const acc_t<T>* value, bool count_ties,
-                              acc_t<T>* scratch, acc_t<T>* r, acc_t<T>* R) {
+VCR_KERNEL Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc_t<T>>& a, const acc_t<T>* value,
+                                         bool count_ties, acc_t<T>* scratch, acc_t<T>* r, acc_t<T>* R) {
   using A = acc_t<T>;
   const Width<P, PT> size(pr);
   const int64_t p = size.p(), pt = size.pt(), S = pr.S;
-  A* e = scratch;
-  for (int64_t i = 0; i < S; i += sample_block) logits<P>(y, i, min(sample_block, S - i), p, a.mu, a.v, e + i);
+  A *e = scratch, *projected = e + round_up(S, 16), *w = projected + projected_scratch(pr);
+  A *moment = w + p * pt, *G = moment + p * max(p, pt);
+  constexpr bool early = projects_with_logits<A, P, PT>;
+  if (R != nullptr)
+    for (int64_t j = 0; j < p; ++j)
+      for (int64_t k = 0; k < pt; ++k) w[early ? k * p + j : j * pt + k] = a.s[j] * value[j * pt + k];
+  for (int64_t i = 0; i < S; i += sample_block) {
+    const int64_t count = min(sample_block, S - i);
+    if constexpr (early)
+      if (R != nullptr) {
+        A* const g = projected + i;
+        const int64_t row = padded_row(S);
+        scores<P>(y, i, count, p, a.mu, {a.v, w, w + P, w + 2 * P, w + 3 * P}, {e + i, g, g + row, g + 2 * row, g + 3 * row});
+        continue;
+      }
+    logits<P>(y, i, count, p, a.mu, a.v, e + i);
+  }
   const Softmax<A> softmax = softmax_inplace(e, S, count_ties);
   const A inverse = A(1) / softmax.sum;
   for (int64_t j = 0; j < p; ++j) r[j] = 0;
-  A* projected = e + round_up(S, 16);
-  A* w = projected + max(pt * padded_row(min(S, sample_block)), p * padded_row(state_block) + pt * state_block);
-  A* moment = w + p * pt;
-  A* G = moment + p * max(p, pt);
   if (R == nullptr) {
     for (int64_t i = 0; i < S; i += moment_block<A>) add_first_moment<P>(y, i, min(moment_block<A>, S - i), p, a.mu, e + i, r);
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     return softmax;
   }
-  for (int64_t j = 0; j < p; ++j)
-    for (int64_t k = 0; k < pt; ++k) w[j * pt + k] = a.s[j] * value[j * pt + k];
   if constexpr (full_covariance<P>) {
     for (int64_t j = 0; j < P * P; ++j) moment[j] = 0;
     for (int64_t i = 0; i < S; i += moment_block<A>) add_second_moment<P>(y, i, min(moment_block<A>, S - i), a.mu, e + i, r, moment);
@@ -416,7 +448,7 @@ Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const SampleArgs<acc
       if constexpr (states_in_lanes<A, P, PT>)
         add_moment_by_states<P, PT>(y, i, min(moment_block<A>, S - i), a.mu, w, e + i, projected, G, r, moment);
       else
-        add_projected_moment<P, PT>(y, i, min(moment_block<A>, S - i), pr, a.mu, w, e + i, projected, G, r, moment);
+        add_projected_moment<P, PT>(y, i, min(moment_block<A>, S - i), pr, a.mu, w, e + i, early ? projected + i : projected, G, r, moment);
     }
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
     for (int64_t j = 0; j < p; ++j)

@@ -14,7 +14,7 @@ struct Tile {
 
 // from[i * stride + j] -> to[j * row + i] for i < positions, j < channels.
 template <class T, class A>
-void gather(const T* from, int64_t stride, int64_t positions, int64_t channels, A* to, int64_t row) {
+VCR_KERNEL void gather(const T* from, int64_t stride, int64_t positions, int64_t channels, A* to, int64_t row) {
   int64_t i = 0;
   if constexpr (sizeof(A) == 4) {
     constexpr int W = lanes<float>;
@@ -40,7 +40,7 @@ void gather(const T* from, int64_t stride, int64_t positions, int64_t channels, 
 
 // The way back: from[j * row + i] -> to[i * stride + j].
 template <class T, class A>
-void scatter(const A* from, int64_t row, int64_t positions, int64_t channels, T* to, int64_t stride) {
+VCR_KERNEL void scatter(const A* from, int64_t row, int64_t positions, int64_t channels, T* to, int64_t stride) {
   int64_t i = 0;
   if constexpr (sizeof(A) == 4) {
     constexpr int W = lanes<float>;
@@ -65,6 +65,8 @@ void scatter(const A* from, int64_t row, int64_t positions, int64_t channels, T*
 template <class A, int P>
 inline constexpr bool natural_channels_last = sizeof(A) == 4 && (P == 4 || P == 8 || P == 16 || P == 32);
 
+constexpr int64_t natural_near = 1 << 19;  // bytes of an image that need no prefetching
+
 // Concepts whose channels are gathered together, so that every line of a channels_last row is used whole.
 VCR_INLINE int64_t concepts_per_gather(const Problem& pr) { return min(pr.C, max(1, 64 / int64_t(sizeof(float)) / pr.p)); }
 
@@ -88,6 +90,20 @@ VCR_INLINE void store_some(T* to, vec<acc_t<T>> x, int count) {
     store(to, x);
   else
     store_partial(to, x, count);
+}
+// value(i, whole, count) for each vector of a row of S, written to `to`.
+template <class T, class F>
+VCR_INLINE void write_vectors(T* to, int64_t S, F value) {
+  using A = acc_t<T>;
+  constexpr int W = lanes<A>;
+  constexpr std::integral_constant<bool, true> yes;
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * W <= S; i += 2 * W) {
+      const vec<A> first = value(i, yes, W), second = value(i + W, yes, W);
+      store_two(to + i, first, second);
+    }
+  for_vectors<A>(S - i, [&](int64_t at, auto whole, int some) { store_some<whole()>(to + i + at, value(i + at, whole, some), some); });
 }
 // Lanes past the end of a row must not reach a sum: a partial load gave them 0, and 0 - mean is not 0.
 template <bool whole, class A>

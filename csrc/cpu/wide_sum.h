@@ -144,6 +144,18 @@ struct WideSum {
     return out;
   }
 };
+// How many numbers of this type add up in their accumulation type as they would in twice its precision: numbers of 8 bits within 2^13 of
+// each other do so exactly in 24 bits, and from smaller ones a few bits of theirs go.
+template <class T>
+inline constexpr int sums_exactly = sizeof(T) == 2 ? 8 : 1;
+// value(0) + ... + value(count - 1), as a tree.
+template <int count, int first = 0, class F>
+VCR_INLINE auto sum_of(F value) {
+  if constexpr (count == 1)
+    return value(std::integral_constant<int, first>{});
+  else
+    return sum_of<count / 2, first>(value) + sum_of<count - count / 2, first + count / 2>(value);
+}
 template <class A, class T>
 VCR_INLINE Wide<A> load_wide(const T* from) {
   if constexpr (sizeof(T) == 4)

@@ -127,7 +127,7 @@ struct MiddleForwardCpu {
   }
 
   // Pass 3, channel modulation: rows [begin, end) of the contiguous image, or positions of the channels_last one.
-  void modulate_rows(int64_t n, int64_t begin, int64_t end) const {
+  VCR_KERNEL void modulate_rows(int64_t n, int64_t begin, int64_t end) const {
     const ModulateArgs<A> m = modulate_args(n, 0);
     const bool stream = streams<T>(pr);
     if (f.y.layout() == Layout::contiguous)

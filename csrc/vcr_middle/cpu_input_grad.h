@@ -36,7 +36,7 @@ struct InputGradArgs {
 
 // d.data null: no modulation. out may be the tile of a channels_last map in scratch.
 template <int P, bool pixel, bool modulated, class T, class D, class O>
-VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, int64_t begin, int64_t count, int64_t S, int64_t p_,
+VCR_KERNEL void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, int64_t begin, int64_t count, int64_t S, int64_t p_,
                                  const InputGradArgs<acc_t<T>>& g, acc_t<T>* scratch) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
@@ -44,7 +44,7 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
   A *weight = scratch, *dlogit = weight + in_place_block, *attention = dlogit + in_place_block, *k = attention + in_place_block;
   const ModulateArgs<A>& m = g.modulate;
   if (g.attend) {
-    logits<P>(y, 0, count, p, m.mu, g.v, weight);
+    scores<P>(y, 0, count, p, m.mu, {g.v, g.dr}, {weight, dlogit});  // dlogit holds yhat . dr, then dl
     const vec<A> top = splat(g.softmax.maximum), inverse = splat(A(1) / g.softmax.sum), rdr = splat(g.rdr);
     if constexpr (pixel) {
       for (int64_t i = 0; i < count; i += W) store(attention + i, exp_nonpositive(load(weight + i) - top));
@@ -59,8 +59,6 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
         });
       }
     }
-    // dlogit holds yhat . dr, then dl
-    logits<P>(y, 0, count, p, m.mu, g.dr, dlogit);
     for (int64_t i = 0; i < count; i += W) {
       const vec<A> l = load(weight + i);
       const vec<A> a = exp_nonpositive(l - top) * inverse;
@@ -93,11 +91,12 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
     }
     const bool stream = g.stream && sizeof(O) == 4 && can_stream(to);
     const auto sweep = [&](auto attend, auto past_caches) {
-      for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
-        if constexpr (whole() && modulated) {
-          prefetch(grad + i + 512 / sizeof(D));
-          if constexpr (!past_caches()) prefetch_write(to + i + 512 / sizeof(O));
-        }
+      const auto value = [&](int64_t i, auto whole, int some) {
+        if constexpr (whole() && modulated)
+          if (i * sizeof(D) % 64 == 0) {
+            prefetch(grad + i + 512 / sizeof(D));
+            if constexpr (!past_caches()) prefetch_write(to + i + 512 / sizeof(O));
+          }
         const vec<A> x = load_some<whole()>(from + i, some) - mu;
         vec<A> z = fma(c1, x, constant);
         if constexpr (attend()) z = fma(load(weight + i), dr, fma(load(dlogit + i), v, z));
@@ -111,11 +110,17 @@ VCR_INLINE void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
             z = fma(A0, e, z);
           }
         }
-        if constexpr (whole() && past_caches())
-          store_stream(to + i, z);
-        else
-          store_some<whole()>(to + i, z, some);
-      });
+        return z;
+      };
+      if constexpr (past_caches())
+        for_vectors<A>(count, [&](int64_t i, auto whole, int some) {
+          if constexpr (whole())
+            store_stream(to + i, value(i, whole, some));
+          else
+            store_partial(to + i, value(i, whole, some), some);
+        });
+      else
+        write_vectors(to, count, value);
     };
     using yes = std::integral_constant<bool, true>;
     using no = std::integral_constant<bool, false>;
@@ -137,26 +142,26 @@ struct NaturalInputGrad {
   const A *maximum, *inverse_sum, *rdr;
 };
 
-// Positions [begin, end); channels must be a multiple of max(P, lanes). Four rows are swept along their channels, as memory lies.
+constexpr int64_t grad_width = 256;  // channels of a strip, whose rows stay in L1
+
+// Positions [begin, end); channels must be a multiple of max(P, lanes). Four rows are swept along their channels, as memory lies, strip
+// by strip: dot products, then the softmax, then the gradient. In one sweep the gradients would wait for the exponentials.
 template <int P, class T>
-void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<T>& dy, int64_t n, int64_t begin, int64_t end,
-                        int64_t channels, const NaturalInputGrad<float>& g, bool stream) {
+VCR_KERNEL void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<T>& dy, int64_t n, int64_t begin, int64_t end,
+                                   int64_t channels, const NaturalInputGrad<float>& g, bool stream) {
   constexpr int W = lanes<float>;
   constexpr int NV = P > W ? P / W : 1;  // vectors of a concept
+  constexpr int slot = NV * W;           // channels whose softmax is kept in one vector
+  constexpr int together = sizeof(T) == 2 ? 2 : 1;
   using V = vec<float>;
-  const auto rows = [&](int64_t i, auto height, auto past_caches) {
+  alignas(VCR_VECTOR_BYTES) float weights[grad_width], dlogits[grad_width];
+  const bool far = y.image * int64_t(sizeof(T)) > natural_near;  // what is near needs no prefetching
+  const auto rows = [&](int64_t i, int64_t c0, int64_t c1, auto height, auto past_caches) {
     constexpr int R = height();
     const T *yi = y.at(n, 0, i), *di = d.at(n, 0, i);
     T* out = dy.at(n, 0, i);
     const int64_t ys = y.position, ds = d.position, os = dy.position;
-    for (int64_t c = 0; c < channels; c += NV * W) {
-      if (NV * W * sizeof(T) >= 64 || c * sizeof(T) % 64 == 0)
-        for (int64_t line = 0; line < max(64, NV * W * sizeof(T)); line += 64)
-          unroll<R>([&](auto I) {
-            prefetch(yi + (I + 4) * ys + c + line / sizeof(T));
-            prefetch(di + (I + 4) * ds + c + line / sizeof(T));
-            if constexpr (!past_caches()) prefetch_write(out + (I + 4) * os + c + line / sizeof(T));
-          });
+    for (int64_t c = c0; c < c1; c += slot) {
       V score[4] = {}, against[4] = {};
       unroll<NV>([&](auto K) {
         constexpr int k = K() * W;
@@ -170,29 +175,55 @@ void input_grad_natural(const Map<const T>& y, const Map<const T>& d, const Map<
       V l = sum_within_quads(score), w = sum_within_quads(against);
       if constexpr (P >= 8 && W >= 8) l += exchange<4>(l), w += exchange<4>(w);
       if constexpr (P >= 16 && W >= 16) l += exchange<8>(l), w += exchange<8>(w);
-      const V a = exp_nonpositive(l - load(g.maximum + c)) * load(g.inverse_sum + c);
-      const V dl = a * (w - load(g.rdr + c));
-      unroll<NV>([&](auto K) {
-        constexpr int k = K() * W;
-        const V mu = load(g.mu + c + k), A0 = load(g.A0 + c + k), B0 = load(g.B0 + c + k);
-        const V c1 = load(g.c1 + c + k), constant = load(g.constant + c + k), v = load(g.v + c + k), dr = load(g.dr + c + k);
+      store(weights + (c - c0) / NV, l);
+      store(dlogits + (c - c0) / NV, w);
+    }
+    for (int64_t c = c0; c < c1; c += slot) {
+      float *weight = weights + (c - c0) / NV, *dlogit = dlogits + (c - c0) / NV;
+      const V a = exp_nonpositive(load(weight) - load(g.maximum + c)) * load(g.inverse_sum + c);
+      store(dlogit, a * (load(dlogit) - load(g.rdr + c)));
+      store(weight, a);
+    }
+    const auto write = [&](int64_t c, auto vectors) {
+      constexpr int N = vectors();
+      V z[N][R];
+      unroll<N>([&](auto K) {
+        const int64_t at = c + K * W, in_slots = (at - c0) / slot * W;
+        if (far && at * sizeof(T) % 64 == 0)
+          for (int k = 0; k < R; ++k) {
+            prefetch(yi + (k + 4) * ys + at);
+            prefetch(di + (k + 4) * ds + at);
+            if constexpr (!past_caches()) prefetch_write(out + (k + 4) * os + at);
+          }
+        const V mu = load(g.mu + at), A0 = load(g.A0 + at), B0 = load(g.B0 + at), v = load(g.v + at), dr = load(g.dr + at);
+        const V c1 = load(g.c1 + at), constant = load(g.constant + at), a = load(weights + in_slots), dl = load(dlogits + in_slots);
         unroll<R>([&](auto I) {
-          const V x = load(yi + I * ys + c + k) - mu;
-          const V e = where_active<float>(fma(A0, x, B0), load(di + I * ds + c + k));
-          V z = fma(c1, x, constant);
-          z = fma(broadcast_in_quads<I()>(a), dr, fma(broadcast_in_quads<I()>(dl), v, z));
-          if constexpr (past_caches())
-            store_stream(out + I * os + c + k, fma(A0, e, z));
-          else
-            store(out + I * os + c + k, fma(A0, e, z));
+          const V x = load(yi + I * ys + at) - mu;
+          const V e = where_active<float>(fma(A0, x, B0), load(di + I * ds + at));
+          const V rest = fma(broadcast_in_quads<I()>(a), dr, fma(broadcast_in_quads<I()>(dl), v, fma(c1, x, constant)));
+          z[K][I] = fma(A0, e, rest);
         });
       });
-    }
+      unroll<R>([&](auto I) {
+        if constexpr (N == 2)
+          store_two(out + I * os + c, z[0][I], z[1][I]);
+        else if constexpr (past_caches())
+          store_stream(out + I * os + c, z[0][I]);
+        else
+          store(out + I * os + c, z[0][I]);
+      });
+    };
+    int64_t c = c0;
+    for (; c + together * W <= c1; c += together * W) write(c, std::integral_constant<int, together>{});
+    for (; c < c1; c += W) write(c, std::integral_constant<int, 1>{});
   };
   const auto all = [&](auto past_caches) {
+    const auto strips = [&](int64_t i, auto height) {
+      for (int64_t c = 0; c < channels; c += grad_width) rows(i, c, min(channels, c + grad_width), height, past_caches);
+    };
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) rows(i, std::integral_constant<int, 4>{}, past_caches);
-    for (; i < end; ++i) rows(i, std::integral_constant<int, 1>{}, past_caches);
+    for (; i + 4 <= end; i += 4) strips(i, std::integral_constant<int, 4>{});
+    for (; i < end; ++i) strips(i, std::integral_constant<int, 1>{});
   };
   if (stream && sizeof(T) == 4 && can_stream(dy.data) && dy.position % W == 0 && dy.image % W == 0)
     all(std::integral_constant<bool, true>{});

@@ -208,7 +208,7 @@ uint16_t rounded(float x) {
 }
 void bf16_rounding() {
   constexpr int W = lanes<float>;
-  bf16 to[W];
+  bf16 to[2 * W];
   for (uint32_t high = 0; high < 0x10000u; high += W) {
     bf16 from[W];
     for (int i = 0; i < W; ++i) from[i].bits = uint16_t(high + uint32_t(i));
@@ -231,6 +231,13 @@ void bf16_rounding() {
       for (int i = 0; i < W; ++i) {
         expect(to[i].bits == rounded(values[i]), "bf16 rounded", to[i].bits, rounded(values[i]));
         expect(narrow<bf16>(values[i]).bits == rounded(values[i]), "bf16 rounded alone", narrow<bf16>(values[i]).bits, rounded(values[i]));
+      }
+      float others[W];  // of which some are NaN where the first aren't
+      for (int i = 0; i < W; ++i) others[i] = float_of((high + uint32_t(i) * 0x0811u) << 16 | (low ^ 0x8000u));
+      store_two(to, x, load(others));
+      for (int i = 0; i < W; ++i) {
+        expect(to[i].bits == rounded(values[i]), "the first of two bf16 vectors rounded", to[i].bits, rounded(values[i]));
+        expect(to[W + i].bits == rounded(others[i]), "the second of two bf16 vectors rounded", to[W + i].bits, rounded(others[i]));
       }
     }
 }
