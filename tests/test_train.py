@@ -89,10 +89,13 @@ def losses_of(network: nn.Module, dtype: torch.dtype, steps: int) -> list[float]
 
 def test_fused_is_on_the_reference_s_curve() -> None:
     steps = 10
-    fused, plain = (
-        losses_of(build(replace(SMALL, system=s), 10), torch.float32, steps) for s in ("vcr", "vcr-reference")
-    )
-    exact = losses_of(build(replace(SMALL, system="vcr-reference"), 10), torch.float64, steps)
+
+    def losses(system: str, dtype: torch.dtype) -> list[float]:
+        return losses_of(build(replace(SMALL, system=system), 10), dtype, steps)
+
+    exact = losses("vcr-reference", torch.float64)
+    assert losses("vcr", torch.float64) == pytest.approx(exact, rel=1e-8)
+    fused, plain = losses("vcr", torch.float32), losses("vcr-reference", torch.float32)
     growth = 0.0
     for step in range(steps):
         # the fused path is off the exact curve no more than the equations are in float32, as errors grow
@@ -134,7 +137,7 @@ def wait_for_step(path: Path, process: "subprocess.Popen[str]", step: int) -> No
 
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
-    steps = ("--steps", "40")
+    steps = ("--steps", "12")
     subprocess.run(command(tmp_path / "whole", *steps), cwd=ROOT, env=environment(), check=True, capture_output=True)
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(folder, *steps), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -143,7 +146,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     done = len(losses_in(folder))
-    assert 0 < done < 40
+    assert 0 < done < 12
     again = subprocess.run(
         command(folder, *steps), cwd=ROOT, env=environment(), check=True, capture_output=True, text=True
     )
@@ -166,7 +169,7 @@ def children_of(parent: int) -> list[int]:
 
 @pytest.mark.skipif(not dist.is_available() or not Path("/proc/self/stat").exists(), reason="needs gloo and /proc")
 def test_two_processes_one_of_which_dies(tmp_path: Path) -> None:
-    steps = ("--steps", "24")
+    steps = ("--steps", "10", "--dtype", "float64")  # in which rounding stays out of sight
     subprocess.run(command(tmp_path / "one", *steps), cwd=ROOT, env=environment(), check=True, capture_output=True)
     folder = tmp_path / "two"
     start = command(folder, *steps, torchrun=("--nproc-per-node", "2", "--max-restarts", "1"))
@@ -175,13 +178,11 @@ def test_two_processes_one_of_which_dies(tmp_path: Path) -> None:
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert "SIGKILL" in said or "Signal 9" in said or "exitcode: -9" in said
+    assert "failed (exitcode: " in said  # torchrun names the first that it sees, or the other, which lost its peer
     assert "goes on at step" in said
     alone, both = losses_in(tmp_path / "one"), losses_in(folder)
-    assert len(both) == 24
-    # the same batch and the same statistics: the same curve, until rounding grows
-    torch.testing.assert_close(torch.tensor(both[:4]), torch.tensor(alone[:4]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.tensor(both), torch.tensor(alone), rtol=0.2, atol=0.2)
+    assert len(both) == 10
+    assert both == pytest.approx(alone, rel=1e-8)
 
 
 def sharded(rank: int, folder: str) -> None:

@@ -15,7 +15,7 @@ from . import report
 from .data import DATASETS
 from .loop import Run, run
 from .processes import started
-from .settings import SYSTEMS, Settings
+from .settings import DTYPES, SYSTEMS, Settings
 
 DEFAULT = Settings("vcr", "digits")
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ema", type=float, default=DEFAULT.ema, help=f"decay of averaged weights (default: {DEFAULT.ema})"
     )
+    parser.add_argument("--dtype", choices=DTYPES, default=DEFAULT.dtype, help=f"default: {DEFAULT.dtype}")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/out/train"), help="of the checkpoints")
     parser.add_argument("--every", type=int, default=50, metavar="STEPS", help="between checkpoints (default: 50)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
@@ -51,8 +52,11 @@ def main(argv: Sequence[str]) -> int:
         for name in ("seeds", "every"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}; it takes 1 or more")
+        sizes = options.steps, options.batch, options.lr
         settings = [
-            Settings(system, dataset, seed, options.steps, options.batch, options.lr, ema=options.ema)
+            Settings(
+                system, dataset, seed, options.steps, options.batch, options.lr, ema=options.ema, dtype=options.dtype
+            )
             for dataset in options.datasets
             for seed in range(options.seeds)
             for system in sorted(options.systems, key=SYSTEMS.index)

@@ -42,12 +42,12 @@ class Run:
 
 def accuracy(network: nn.Module, data: Data, device: torch.device) -> float:
     """Percent of the test images."""
-    training = network.training
+    training, dtype = network.training, next(network.parameters()).dtype
     network.eval()
     right = 0
     with torch.inference_mode():
         for images, labels in zip(data.test_images.split(128), data.test_labels.split(128), strict=True):
-            right += int((network(images.to(device)).argmax(1).cpu() == labels).sum())
+            right += int((network(images.to(device, dtype)).argmax(1).cpu() == labels).sum())
     network.train(training)
     return 100 * right / len(data.test_labels)
 
@@ -65,7 +65,7 @@ def _begin(settings: Settings, data: Data, folder: Path, processes: Processes) -
             raise ValueError(f"vcr-converted goes on from a finished run {parent.name}, and there is none in {folder}")
         network.load_state_dict(state["average"])
         network = vcr_ops.convert(network)
-    return network.to(processes.device)
+    return network.to(processes.device, getattr(torch, settings.dtype))
 
 
 def run(settings: Settings, folder: Path, processes: Processes, every: int, say: Say) -> Run:
@@ -97,9 +97,10 @@ def run(settings: Settings, folder: Path, processes: Processes, every: int, say:
     while step < settings.steps:
         begin = time.perf_counter()
         images, labels = batch_at(data, step, settings.batch, settings.seed, processes.rank, processes.size)
+        images = images.to(device, getattr(torch, settings.dtype))
         for group in optimizer.param_groups:
             group["lr"] = settings.lr_at(step)
-        loss = F.cross_entropy(parallel(images.to(device)), labels.to(device))
+        loss = F.cross_entropy(parallel(images), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,7 +111,7 @@ def run(settings: Settings, folder: Path, processes: Processes, every: int, say:
         if step % every == 0 or step == settings.steps:
             say(f"{settings.name}: step {step} of {settings.steps}, loss {losses[-1]:.4f}")
             if step == settings.steps:
-                peak = _peak(network, images.to(device), labels.to(device))
+                peak = _peak(network, images, labels.to(device))
             if processes.rank == 0:
                 kept: dict[str, Any] = dict(network=network.state_dict(), average=average.state_dict())
                 kept |= dict(optimizer=optimizer.state_dict(), step=step, losses=losses, times=times)

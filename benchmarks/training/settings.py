@@ -11,6 +11,8 @@ SYSTEMS = ("resnext", "se", "gc", "glore", "vcr", "vcr-reference", "vcr-converte
 """vcr-reference: the literal equations with vcr's initial weights. vcr-converted: the resnext run of the same seed,
 converted, then trained on."""
 
+DTYPES = ("float32", "float64")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -25,19 +27,22 @@ class Settings:
     seed: int = 0
     steps: int = 200
     batch: int = 32
-    lr: float = 0.02
+    lr: float = 0.005
     momentum: float = 0.9
     weight_decay: float = 1e-4
     ema: float = 0.98
     layers: tuple[int, int, int, int] = (1, 1, 1, 1)
     groups: int = 8
     base_width: int = 8
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.system not in SYSTEMS:
             raise ValueError(f"system is {self.system!r}; it takes one of {', '.join(SYSTEMS)}")
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset is {self.dataset!r}; it takes one of {', '.join(DATASETS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it takes one of {', '.join(DTYPES)}")
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes 1 or more")
