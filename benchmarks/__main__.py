@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune")
+COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune", "train")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
@@ -40,6 +40,7 @@ commands (none: run):
   readme    write the README's table from a results file
   picture   draw a results file: latency beside the bandwidth floor
   headlines the figures that a GPU's results files are looked at for
+  train     train small networks with each system on real images; also under torchrun
   tune      time configurations of the Triton kernels on this GPU, and put the fastest into the shipped table
 `run` and `passes` take --device cuda, which has options of its own.
 `python -m benchmarks COMMAND --help` shows a command's options.
@@ -435,6 +436,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
     try:
+        if command == "train":
+            from .training.command import main as train
+
+            return train(rest)
         device, rest = _device(command, rest)
         if command == "tune":
             from .gpu.tune import main as tune

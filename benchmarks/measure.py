@@ -121,22 +121,27 @@ def count(workload: Workload, flops: bool = True) -> tuple[int | None, int]:
     The bytes are those asked of torch's allocator, outputs and gradients included; kernels' own stack and scratch are
     not.
     """
+    peak = most_held(workload.step)
+    counted: int | None = None
+    if flops:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            workload.accumulate()
+        counted = counter.get_total_flops()
+    return counted, peak
+
+
+def most_held(step: Callable[[], object]) -> int:
+    """The most bytes of torch's allocator on the CPU that ``step`` held at once beyond what was there before."""
     with warnings.catch_warnings(), _quiet_stderr():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            workload.step()
-        counted: int | None = None
-        if flops:
-            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-                workload.accumulate()
-            counted = counter.get_total_flops()
-    recorded = profile.profiler.kineto_results
-    events = [event for event in recorded.events() if event.name() == "[memory]"]
+            step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return counted, peak
+    return peak
 
 
 def run_case(

@@ -3,8 +3,8 @@
 from .cbam import CBAM
 from .gc import GC
 from .glore import GloRe
-from .resnext import SYSTEMS, Block, network
+from .resnext import SYSTEMS, Block, compose, network
 from .se import SE
 from .slow_only import slow_only
 
-__all__ = ["CBAM", "GC", "SE", "SYSTEMS", "Block", "GloRe", "network", "slow_only"]
+__all__ = ["CBAM", "GC", "SE", "SYSTEMS", "Block", "GloRe", "compose", "network", "slow_only"]

@@ -1,6 +1,6 @@
 """ResNeXt with each of the systems: the same stem, blocks and classifier, and one thing added."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -39,6 +39,34 @@ class Block(python_ref.Bottleneck):
         return x if self.after is None else self.after(x)
 
 
+def compose(
+    system: str,
+    layers: tuple[int, int, int, int],
+    places: Mapping[int, Sequence[int]],
+    num_classes: int,
+    *,
+    ndim: int = 2,
+    **options: Any,
+) -> nn.Module:
+    """ResNeXt with ``layers`` blocks in its stages, and one of SYSTEMS but "vcr".
+
+    places: the blocks of a stage, from 1, that GloRe follows. options: groups and base_width.
+    """
+    if system == "resnext":
+        return python_ref.ResNet(python_ref.Bottleneck, layers, num_classes, ndim=ndim, **options)
+    made = python_ref.ResNet(Block, layers, num_classes, ndim=ndim, **options)
+    for stage in (1, 2, 3, 4):
+        blocks = getattr(made, f"layer{stage}")
+        channels = blocks[0].bn3.num_features
+        if system == "glore":
+            for place in places.get(stage, ()):
+                blocks[place - 1].after = GloRe(channels, ndim=ndim)
+        else:
+            for block in blocks:
+                block.on_merge = ON_MERGE[system](channels, ndim=ndim)
+    return made
+
+
 def network(system: str, depth: int = 50, num_classes: int = 1000, *, ndim: int = 2, **options: Any) -> nn.Module:
     """ResNeXt 32x4d of 50 or 101 layers with one of SYSTEMS. options: VCRBlock's keywords, for "vcr" alone.
 
@@ -54,16 +82,4 @@ def network(system: str, depth: int = 50, num_classes: int = 1000, *, ndim: int 
         return build(num_classes, ndim=ndim, **options)
     if options:
         raise ValueError(f"{system} takes no options, got {', '.join(options)}")
-    if system == "resnext":
-        return python_ref.ResNet(python_ref.Bottleneck, LAYERS[depth], num_classes, ndim=ndim)
-    made = python_ref.ResNet(Block, LAYERS[depth], num_classes, ndim=ndim)
-    for stage in (1, 2, 3, 4):
-        blocks = getattr(made, f"layer{stage}")
-        channels = blocks[0].bn3.num_features
-        if system == "glore":
-            for place in PLACES[depth].get(stage, ()):
-                blocks[place - 1].after = GloRe(channels, ndim=ndim)
-        else:
-            for block in blocks:
-                block.on_merge = ON_MERGE[system](channels, ndim=ndim)
-    return made
+    return compose(system, LAYERS[depth], PLACES[depth], num_classes, ndim=ndim)

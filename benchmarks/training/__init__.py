@@ -1,0 +1,1 @@
+"""``python -m benchmarks train``: small networks with each system, trained on real images that need no download."""
