@@ -1,0 +1,130 @@
+// Kernel bodies executed on the host: the threads of a block, or of a cluster's blocks, are fibers of one system thread. Barriers,
+// reductions, ballots, cluster barriers and distributed shared memory are real; shared memory lies between guard zones and starts as NaN.
+// Threads run in several orders, and so do blocks. Under AddressSanitizer the guards can't be touched; under ThreadSanitizer fibers are
+// threads whose only order is what the barriers make, so that a missing one is a race, and so are two blocks that touch the same memory.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+constexpr int warp_size = 32;
+
+enum class Order { forward, backward, shuffled };
+struct Settings {
+  Order threads = Order::forward, blocks = Order::forward;
+  uint64_t seed = 1;
+};
+// What the layer ends the process with when a kernel is wrong in a way that only it can see.
+constexpr int exit_status = 3;
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  const char* file = nullptr;
+  int line = 0;
+  std::vector<struct Fiber*> waiting;
+};
+// What a warp's lanes hand each other; two, for a lane may reach the next exchange while another still reads the last.
+struct Exchange {
+  unsigned char bytes[warp_size][32];
+};
+struct Block {
+  int64_t index = 0;
+  int rank = 0;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};  // guard, shared memory, guard
+  std::vector<Barrier> warps;
+  std::vector<Exchange> exchanges;  // [warps, 2]
+  Barrier barrier;
+  unsigned char* shared() const;
+};
+struct Fiber {
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  Block* block = nullptr;
+  int index = 0;
+  unsigned turn = 0;  // of the warp's exchanges
+  bool done = true;
+  void *fake_stack = nullptr, *sanitizer = nullptr;
+};
+
+// `blocks` blocks of `threads` threads with `shared` bytes each, `cluster` adjacent blocks at once. body runs in every thread.
+void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body);
+
+// For the Thread below.
+Fiber* current();
+void wait(Barrier& barrier, const char* file, int line);
+Barrier& cluster_barrier();
+int threads_of_block();
+int64_t blocks_of_grid();
+int blocks_of_cluster();
+unsigned char* peer_of(const void* shared, int rank);
+void put(const void* value, size_t bytes);
+void get(void* value, size_t bytes, int lane, unsigned turn);
+unsigned end_of_turn(const char* file, int line);
+
+[[noreturn]] void fail(const std::string& why);
+
+// The Thread that kernel bodies take. Faults leave a barrier out, to see that it is missed.
+enum class Fault { none, sync, cluster_sync };
+template <Fault fault = Fault::none>
+struct HostThread {
+  int index() const { return current()->index; }
+  int count() const { return threads_of_block(); }
+  int lane() const { return current()->index % warp_size; }
+  int64_t block() const { return current()->block->index; }
+  int64_t blocks() const { return blocks_of_grid(); }
+  char* shared() const { return reinterpret_cast<char*>(current()->block->shared()); }
+  void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    if (fault != Fault::sync) wait(current()->block->barrier, file, line);
+  }
+  void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    wait(current()->block->warps[size_t(index() / warp_size)], file, line);
+  }
+  // op over the warp's lanes in a tree; op must be commutative, so that all lanes get the same bits. As on a GPU, this and what follows
+  // don't order memory.
+  template <class V, class Op>
+  V reduce(V x, Op op, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    put(&x, sizeof x);
+    const unsigned turn = end_of_turn(file, line);
+    V all[warp_size];
+    for (int i = 0; i < warp_size; ++i) get(&all[i], sizeof x, i, turn);
+    for (int distance = warp_size / 2; distance > 0; distance /= 2)
+      for (int i = 0; i < distance; ++i) all[i] = op(all[i], all[i + distance]);
+    return all[0];
+  }
+  template <class V>
+  V shuffle(V x, int from, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    put(&x, sizeof x);
+    const unsigned turn = end_of_turn(file, line);
+    get(&x, sizeof x, from % warp_size, turn);
+    return x;
+  }
+  unsigned ballot(bool x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    put(&x, sizeof x);
+    const unsigned turn = end_of_turn(file, line);
+    unsigned bits = 0;
+    for (int i = 0; i < warp_size; ++i) {
+      bool b;
+      get(&b, sizeof b, i, turn);
+      bits |= unsigned(b) << i;
+    }
+    return bits;
+  }
+  int cluster_rank() const { return current()->block->rank; }
+  int cluster_size() const { return blocks_of_cluster(); }
+  void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    if (fault != Fault::cluster_sync) wait(cluster_barrier(), file, line);
+  }
+  // The same place in the shared memory of the cluster's block `rank`.
+  template <class X>
+  X* peer(X* shared, int rank) const {
+    return reinterpret_cast<X*>(peer_of(shared, rank));
+  }
+};
+
+}  // namespace simt
