@@ -10,7 +10,7 @@ namespace vcr::cuda {
 template <class T>
 struct ChannelStats {
   using A = acc_t<T>;
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 4 : 2;
   struct Args {
     Problem problem;
     Map<const T> y;
@@ -21,11 +21,11 @@ struct ChannelStats {
     double* partial;      // [groups, 2, C p]: mean and squares of a group
   };
   struct Shared {
-    T* tile;
-    WideSum<A>* sum;
-    double *squares, *mean, *merged;
-    A* pivot;
-    VCR_BOTH Shared(Carver& carve, const Args& a) {
+    SharedArray<T> tile;
+    SharedArray<WideSum<A>> sum;
+    SharedArray<double> squares, mean, merged;
+    SharedArray<A> pivot;
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a) {
       const int rows = a.concepts * int(a.problem.p);
       tile = carve.take<T>(tile_elements<T>(a.last, rows, a.block));
       sum = carve.take<WideSum<A>>(rows);
@@ -40,13 +40,13 @@ struct ChannelStats {
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
     const Problem& pr = a.problem;
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, a);
     const int64_t CP = pr.C * pr.p, blocks = quotient_up(pr.C, a.concepts), group = unit / blocks, first = unit % blocks * a.concepts * pr.p;
     const int rows = int(least(a.concepts * pr.p, CP - first));
     const int64_t n0 = group * a.per_group, n1 = least(pr.N, n0 + a.per_group);
     for (int64_t n = n0; n < n1; ++n) {
-      for_threads(t, rows, [&](int64_t j) {
+      for_threads(t, rows, [&](int j) {
         const Part<const T> row = part_of(a.y, a.last, n, first + j, 1, 0, 1);
         const A x = widen(*row.data);
         s.pivot[j] = x - x == 0 ? x : A(0);
@@ -56,10 +56,10 @@ struct ChannelStats {
       for (int64_t begin = 0; begin < pr.S; begin += a.block) {
         const int count = int(least(a.block, pr.S - begin));
         const Part<const T> part = part_of(a.y, a.last, n, first, rows, begin, count);
-        const Tile<T> tile = tile_of(s.tile, part, a.block);
+        const Tile<T> tile = tile_of(s.tile.get(), part, a.block);
         stage(t, part, tile);
         t.sync();
-        for_warps(t, rows, [&](int64_t j) {
+        for_warps(t, rows, [&](int j) {
           WideSum<A> sum;
           double squares = 0;
           for (int i = t.lane(); i < count; i += warp_size) {
@@ -78,7 +78,7 @@ struct ChannelStats {
         t.sync();
       }
       const double size = double(pr.S), before = double(n - n0);
-      for_threads(t, rows, [&](int64_t j) {
+      for_threads(t, rows, [&](int j) {
         const double mean = (s.sum[j].sum + s.sum[j].lost) / size, off = s.sum[j].less(size, double(s.pivot[j])) / size;
         const double squares = s.squares[j] - size * off * off;
         a.means[n * CP + first + j] = mean;
@@ -92,7 +92,7 @@ struct ChannelStats {
         }
       });
     }
-    for_threads(t, rows, [&](int64_t j) {
+    for_threads(t, rows, [&](int j) {
       double* to = a.partial + 2 * group * CP + first + j;
       to[0] = s.mean[j];
       to[CP] = s.merged[j];
@@ -109,9 +109,9 @@ template <class Thread>
 VCR_DEVICE MergedStats merge_stats(Thread& t, const double* partial, const Problem& pr, int64_t per_group, int64_t j) {
   const int64_t groups = quotient_up(pr.N, per_group), CP = pr.C * pr.p;
   const double S = double(pr.S), count = double(pr.N) * S;
-  const auto size = [&](int64_t g) { return double(least(per_group, pr.N - g * per_group)) * S; };
-  const double mean = warp_sum<double>(t, groups, [&](int64_t g) { return size(g) * partial[2 * g * CP + j]; }) / count;
-  const double squares = warp_sum<double>(t, groups, [&](int64_t g) {
+  const auto size = [&](int g) { return double(least(per_group, pr.N - g * per_group)) * S; };
+  const double mean = warp_sum<double>(t, groups, [&](int g) { return size(g) * partial[2 * g * CP + j]; }) / count;
+  const double squares = warp_sum<double>(t, groups, [&](int g) {
     const double apart = partial[2 * g * CP + j] - mean;
     return partial[(2 * g + 1) * CP + j] + size(g) * apart * apart;
   });

@@ -1,6 +1,8 @@
 // Concept modulator (contract stage 4): out = relu((M~ A1 + A0) yhat + M~ B1 + B0), M~ = exp(l - max l); for channel modulation
 // relu(A0 (y - centre) + B0). 1R + 1W.
 #pragma once
+#include <type_traits>
+
 #include "../concept_reason/cuda_reason.cuh"
 #include "../concept_sample/args.h"
 #include "../cuda/tile.h"
@@ -62,8 +64,8 @@ VCR_DEVICE A project_state(const A* state, const A* weight, int64_t p, int64_t p
 // A block's channels in shared memory.
 template <class A>
 struct ModulatorShared {
-  A *mu, *A0, *B0, *A1, *B1;  // [rows]; for channel modulation mu is the centre
-  VCR_BOTH ModulatorShared(Carver& carve, int64_t rows) {
+  SharedArray<A> mu, A0, B0, A1, B1;  // [rows]; for channel modulation mu is the centre
+  VCR_BOTH ModulatorShared(SharedCarver& carve, int64_t rows) {
     mu = carve.take<A>(rows), A0 = carve.take<A>(rows), B0 = carve.take<A>(rows), A1 = carve.take<A>(rows), B1 = carve.take<A>(rows);
   }
   VCR_DEVICE void keep(int64_t j, bool pixel, A mean, const Coefficients<A>& m) const {
@@ -72,9 +74,9 @@ struct ModulatorShared {
   VCR_DEVICE Coefficients<A> at(int j) const { return {A0[j], B0[j], A1[j], B1[j]}; }
 };
 // What a span's elements take of an array of channels, or of an array of positions.
-template <int V, class A>
-VCR_DEVICE void spread(const A* array, bool along, int r, int k, Span<V> span, A (&out)[V]) {
-  if (along) {
+template <bool along, int V, class A>
+VCR_DEVICE void spread(const given<A>* array, int r, int k, Span<V> span, A (&out)[V]) {
+  if constexpr (along) {
     read(array + k, span, out);
   } else {
     const A x = array[r];
@@ -84,74 +86,90 @@ VCR_DEVICE void spread(const A* array, bool along, int r, int k, Span<V> span, A
 }
 
 // The same of an array of positions [concepts, row]; p channels share one.
-template <int V, class A>
-VCR_DEVICE void share(const A* array, int row, bool last, int p, int r, int k, Span<V> span, A (&out)[V]) {
-  if (!last) {
-    read(array + int64_t(r / p) * row + k, span, out);
-    return;
-  }
-  const int first = k + span.lo;
-  int c = first / p, left = p - (first - c * p);
-  VCR_UNROLL
-  for (int e = 0; e < V; ++e)
-    if (e >= span.lo && e < span.hi) {
-      out[e] = array[int64_t(c) * row + r];
+template <bool last, int V, class A>
+VCR_DEVICE void share(const given<A>* array, int row, int p, int r, int k, Span<V> span, A (&out)[V]) {
+  if constexpr (!last) {
+    read(array + r / p * row + k, span, out);
+  } else {
+    const int first = k + span.lo;
+    int c = first / p, left = p - (first - c * p);
+    VCR_UNROLL
+    for (int e = 0; e < V; ++e) {
+      out[e] = 0;
+      if (e < span.lo || e >= span.hi) continue;
+      out[e] = array[c * row + r];
       if (--left == 0) left = p, ++c;
     }
+  }
 }
 // A span of a tile.
-template <int V, class T>
-VCR_DEVICE void read_tile(const Tile<T>& tile, bool last, int r, int k, Span<V> span, T (&out)[V]) {
-  read(tile.data + r * (last ? tile.column : tile.row) + k, span, out);
+template <bool last, class T>
+VCR_DEVICE Features<T> read_tile(const Tile<T>& tile, int r, int k, Span<span_size<T>> span) {
+  return read_features<T>(tile.data + r * (last ? tile.column : tile.row) + k, span);
+}
+// f(true or false): the layout as a constant, so that what a run's elements have in common is kept once.
+template <class F>
+VCR_DEVICE void with_layout(bool last, F f) {
+  if (last)
+    f(std::integral_constant<bool, true>{});
+  else
+    f(std::integral_constant<bool, false>{});
 }
 
-// Writes a part. run(r): its features, in global or in shared memory.
-template <class T, class Thread, class Run>
+// Writes a part. run(r): its features, in global or in shared memory. Of a partial span all is computed and only what is there is written.
+template <int ahead, class T, class Thread, class Run>
 VCR_DEVICE void modulate_channels(Thread& t, const ModulatorShared<acc_t<T>>& m, const Part<T>& out, Run run) {
   using A = acc_t<T>;
-  constexpr int V = span_size<T>;
-  for_spans<4>(
-      t, out,
-      [&](int r, int k, Span<V> span) {
-        Loaded<T, V> y;
-        read(run(r) + k, span, y.x);
-        return y;
-      },
-      [&](int r, int k, Span<V> span, const Loaded<T, V>& y) {
-        A mu[V], A0[V], B0[V];
-        spread(m.mu, out.last, r, k, span, mu);
-        spread(m.A0, out.last, r, k, span, A0);
-        spread(m.B0, out.last, r, k, span, B0);
-        T to[V] = {};
-        VCR_UNROLL
-        for (int e = 0; e < V; ++e)
-          if (e >= span.lo && e < span.hi) to[e] = narrow<T>(relu(multiply_add(A0[e], widen(y.x[e]) - mu[e], B0[e])));
-        write(out.run(r) + k, span, to);
-      });
+  constexpr int V = span_size<T>, W = piece_size<V>;
+  with_layout(out.last, [&](auto layout) {
+    constexpr bool last = decltype(layout)::value;
+    for_spans<ahead>(
+        t, out, [&](int r, int k, Span<V> span) { return read_features<T>(run(r) + k, span); },
+        [&](int r, int k, Span<V> span, const Features<T>& y) {
+          Features<T> to;
+          VCR_UNROLL
+          for (int first = 0; first < V; first += W) {
+            const Span<W> piece = piece_of(span, first);
+            A mu[W], A0[W], B0[W];
+            spread<last>(m.mu, r, k + first, piece, mu), spread<last>(m.A0, r, k + first, piece, A0);
+            spread<last>(m.B0, r, k + first, piece, B0);
+            VCR_UNROLL
+            for (int e = 0; e < W; ++e) to.set(first + e, narrow<T>(relu(multiply_add(A0[e], widen(y[first + e]) - mu[e], B0[e]))));
+          }
+          write_features(out.run(r) + k, span, to);
+        });
+  });
 }
 // M [concepts, row] of the part's positions.
 template <class T, class Thread>
-VCR_DEVICE void modulate_pixels(Thread& t, const ModulatorShared<acc_t<T>>& m, int p, const acc_t<T>* M, int row, const Part<T>& out, const Tile<T>& tile) {
+VCR_DEVICE void modulate_pixels(Thread& t, const ModulatorShared<acc_t<T>>& m, int p, const acc_t<T>* M, int row, const Part<T>& out,
+                                const Tile<T>& tile) {
   using A = acc_t<T>;
-  constexpr int V = span_size<T>;
-  for_spans<1>(
-      t, out, [](int, int, Span<V>) { return 0; },
-      [&](int r, int k, Span<V> span, int) {
-        A mu[V], A0[V], B0[V], A1[V], B1[V], weight[V];
-        spread(m.mu, out.last, r, k, span, mu);
-        spread(m.A0, out.last, r, k, span, A0), spread(m.B0, out.last, r, k, span, B0);
-        spread(m.A1, out.last, r, k, span, A1), spread(m.B1, out.last, r, k, span, B1);
-        share(M, row, out.last, p, r, k, span, weight);
-        T y[V], to[V] = {};
-        read_tile(tile, out.last, r, k, span, y);
-        VCR_UNROLL
-        for (int e = 0; e < V; ++e)
-          if (e >= span.lo && e < span.hi) {
-            const Coefficients<A> at{A0[e], B0[e], A1[e], B1[e]};
-            to[e] = narrow<T>(relu(pre_activation(at, weight[e], slope_at(at, weight[e]), widen(y[e]) - mu[e])));
+  constexpr int V = span_size<T>, W = piece_size<V>;
+  with_layout(out.last, [&](auto layout) {
+    constexpr bool last = decltype(layout)::value;
+    for_spans<1>(
+        t, out, [](int, int, Span<V>) { return 0; },
+        [&](int r, int k, Span<V> span, int) {
+          const Features<T> y = read_tile<last>(tile, r, k, span);
+          Features<T> to;
+          VCR_UNROLL
+          for (int first = 0; first < V; first += W) {
+            const Span<W> piece = piece_of(span, first);
+            const int at = k + first;
+            A mu[W], A0[W], B0[W], A1[W], B1[W], weight[W];
+            spread<last>(m.mu, r, at, piece, mu), spread<last>(m.A0, r, at, piece, A0), spread<last>(m.B0, r, at, piece, B0);
+            spread<last>(m.A1, r, at, piece, A1), spread<last>(m.B1, r, at, piece, B1);
+            share<last>(M, row, p, r, at, piece, weight);
+            VCR_UNROLL
+            for (int e = 0; e < W; ++e) {
+              const Coefficients<A> c{A0[e], B0[e], A1[e], B1[e]};
+              to.set(first + e, narrow<T>(relu(pre_activation(c, weight[e], slope_at(c, weight[e]), widen(y[first + e]) - mu[e]))));
+            }
           }
-        write(out.run(r) + k, span, to);
-      });
+          write_features(out.run(r) + k, span, to);
+        });
+  });
 }
 
 // ---- the modulator after a reasoner: of the middle
@@ -159,7 +177,7 @@ VCR_DEVICE void modulate_pixels(Thread& t, const ModulatorShared<acc_t<T>>& m, i
 template <class T>
 struct ConceptModulate {
   using A = acc_t<T>;
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 3 : 1;
   struct Args {
     Problem problem;
     Map<const T> y;
@@ -177,11 +195,11 @@ struct ConceptModulate {
     A *state, *abar, *bbar;           // kept for the backward pass, or null
   };
   struct Shared {
-    T* tile;
+    SharedArray<T> tile;
     ModulatorShared<A> m;
-    A *v, *g, *M;
-    double *mean, *rstd;
-    VCR_BOTH Shared(Carver& carve, const Args& a)
+    SharedArray<A> v, g, M;
+    SharedArray<double> mean, rstd;
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a)
         : tile(carve.take<T>(a.pixel ? tile_elements<T>(a.last, a.concepts * int(a.problem.p), a.block) : 0)),
           m(carve, a.concepts * a.problem.p) {
       v = carve.take<A>(a.concepts * a.problem.p);
@@ -197,7 +215,7 @@ struct ConceptModulate {
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
     const Problem& pr = a.problem;
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, a);
     const int64_t blocks = quotient_up(pr.C, a.concepts), chunks = quotient_up(pr.S, a.chunk);
     const int64_t chunk = unit % chunks, c0 = unit / chunks % blocks * a.concepts, n = unit / chunks / blocks, first = c0 * pr.p;
@@ -207,16 +225,16 @@ struct ConceptModulate {
     if (!a.pixel) {
       const int64_t begin = chunk * a.chunk;
       const Part<const T> y = part_of(a.y, a.last, n, first, rows, begin, int(end - begin));
-      modulate_channels(t, s.m, part_of(a.out, a.last, n, first, rows, begin, int(end - begin)), [&](int r) { return y.run(r); });
+      modulate_channels<4>(t, s.m, part_of(a.out, a.last, n, first, rows, begin, int(end - begin)), [&](int r) { return y.run(r); });
       return;
     }
     for (int64_t begin = chunk * a.chunk; begin < end; begin += a.block) {
       const int count = int(least(a.block, end - begin));
       const Part<const T> y = part_of(a.y, a.last, n, first, rows, begin, count);
-      const Tile<T> tile = tile_of(s.tile, y, a.block);
+      const Tile<T> tile = tile_of(s.tile.get(), y, a.block);
       stage(t, y, tile);
       t.sync();
-      for_threads(t, concepts * count, [&](int64_t at) {
+      for_threads(t, concepts * count, [&](int at) {
         const int c = int(at) / count, i = int(at) % count;
         A l = 0;
         for (int j = c * p; j < (c + 1) * p; ++j) l = multiply_add(tile.at(j, i) - s.m.mu[j], s.v[j], l);
@@ -235,21 +253,22 @@ struct ConceptModulate {
     const int64_t CP = pr.C * pr.p, states = (n * pr.C + c0) * pr.pt;
     find_state_norm(t, a.state_norm, pr.N, pr.C, pr.pt, first_block, s.mean, s.rstd);
     if (a.reasoned)
-      for_threads(t, concepts * pr.pt, [&](int64_t i) { s.g[i] = a.g[states + i]; });
+      for_threads(t, concepts * pr.pt, [&](int i) { s.g[i] = a.g[states + i]; });
     else
-      exchange(t, a.edges, pr.C, pr.pt, a.h + n * pr.C * pr.pt, a.edge, c0, concepts, static_cast<A*>(nullptr), s.g);
+      exchange(t, a.edges, pr.C, pr.pt, a.h + n * pr.C * pr.pt, a.edge, c0, concepts, static_cast<A*>(nullptr), s.g.get());
     t.sync();
-    for_threads(t, concepts * pr.pt, [&](int64_t i) {
-      const int64_t k = i % pr.pt;
+    for_threads(t, concepts * pr.pt, [&](int i) {
+      const int k = i % int(pr.pt);
       s.g[i] = relu(normalised_state(s.g[i], {s.mean[k], s.rstd[k]}, a.state_weight, a.state_bias, k));
       if (keep && a.state != nullptr) a.state[states + i] = s.g[i];
     });
     t.sync();
-    for_threads(t, concepts * pr.p, [&](int64_t i) {
-      const int64_t c = i / pr.p, j = c0 * pr.p + i, at = n * CP + j, weight = (c0 + c) * pr.p * pr.pt;
+    for_threads(t, concepts * pr.p, [&](int i) {
+      const int p = int(pr.p), c = i / p;
+      const int64_t j = c0 * pr.p + i, at = n * CP + j, weight = (c0 + c) * pr.p * pr.pt;
       const A* state = s.g + c * pr.pt;
-      const A abar = project_state(state, offset(a.weights.scale_weight, weight), pr.p, pr.pt, i % pr.p);
-      const A bbar = project_state(state, offset(a.weights.shift_weight, weight), pr.p, pr.pt, i % pr.p);
+      const A abar = project_state(state, offset(a.weights.scale_weight, weight), pr.p, pr.pt, i % p);
+      const A bbar = project_state(state, offset(a.weights.shift_weight, weight), pr.p, pr.pt, i % p);
       if (keep && a.abar != nullptr) a.abar[at] = abar, a.bbar[at] = bbar;
       const Normalised<A> z = a.norm.at(n, j, CP);
       s.m.keep(i, a.pixel, z.mu, modulator_coefficients(a.pixel, z, abar, bbar, a.weights.scale_bias[j], a.weights.shift_bias[j]));

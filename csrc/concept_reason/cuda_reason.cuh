@@ -11,7 +11,7 @@ constexpr int states_at_once = 4;
 // Rows [c0, c0 + count) of G of one image, a warp each. h [C, pt]; keep: dynamic edges [C, C] for the backward pass, or null; g [count, pt].
 template <class A, class Thread>
 VCR_DEVICE void exchange(Thread& t, Edges edges, int64_t C, int64_t pt, const A* h, const A* edge, int64_t c0, int64_t count, A* keep, A* g) {
-  for_warps(t, count, [&](int64_t row) {
+  for_warps(t, count, [&](int row) {
     const int64_t c = c0 + row;
     const A* mine = h + c * pt;
     for (int64_t k0 = 0; k0 < pt; k0 += states_at_once) {
@@ -50,8 +50,8 @@ VCR_DEVICE StateNormValues given_state_norm(const A* mean, const A* var, double 
 // By one warp, from every image's mean and centred sum of squares over its concepts: parts [N, 2, pt]. `squares`: of all states.
 template <class Thread>
 VCR_DEVICE StateNormValues batch_state_norm(Thread& t, const double* parts, int64_t N, int64_t C, int64_t pt, double eps, int64_t k, double& squares) {
-  const double mean = warp_sum<double>(t, N, [&](int64_t n) { return parts[2 * n * pt + k]; }) / double(N);
-  squares = warp_sum<double>(t, N, [&](int64_t n) {
+  const double mean = warp_sum<double>(t, N, [&](int n) { return parts[2 * n * pt + k]; }) / double(N);
+  squares = warp_sum<double>(t, N, [&](int n) {
     const double apart = parts[2 * n * pt + k] - mean;
     return parts[(2 * n + 1) * pt + k] + double(C) * apart * apart;
   });
@@ -83,7 +83,7 @@ struct StateNormArgs {
 template <class A, class Thread>
 VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N, int64_t C, int64_t pt, bool first, double* mean, double* rstd) {
   if (a.batch) {
-    for_warps(t, pt, [&](int64_t k) {
+    for_warps(t, pt, [&](int k) {
       double squares = 0;
       const StateNormValues norm = batch_state_norm(t, a.parts, N, C, pt, a.eps, k, squares);
       if (t.lane() != 0) return;
@@ -96,7 +96,7 @@ VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N,
       if (a.keep != nullptr) a.keep[k] = high, a.keep[pt + k] = low;
     });
   } else {
-    for_threads(t, pt, [&](int64_t k) {
+    for_threads(t, pt, [&](int k) {
       const StateNormValues norm = given_state_norm(a.given_mean, a.given_var, a.eps, k);
       mean[k] = norm.mean;
       rstd[k] = norm.rstd;
@@ -108,7 +108,7 @@ VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N,
 // G of one image and, for the batch norm, its mean and centred sum of squares over the concepts. Grid: images.
 template <class A>
 struct ConceptReason {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
   struct Args {
     int64_t N, C, pt;
     Edges edges;
@@ -117,7 +117,7 @@ struct ConceptReason {
     double* parts;  // [N, 2, pt] or null
   };
   struct Shared {
-    VCR_BOTH Shared(Carver&, const Args&) {}
+    VCR_BOTH Shared(SharedCarver&, const Args&) {}
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.N; }
 
@@ -128,9 +128,9 @@ struct ConceptReason {
     exchange(t, a.edges, a.C, a.pt, a.h + n * states, a.edge, 0, a.C, offset(a.keep, n * a.C * a.C), g);
     if (a.parts == nullptr) return;
     t.sync();
-    for_warps(t, a.pt, [&](int64_t k) {
-      const double mean = warp_sum<double>(t, a.C, [&](int64_t c) { return double(g[c * a.pt + k]); }) / double(a.C);
-      const double squares = warp_sum<double>(t, a.C, [&](int64_t c) {
+    for_warps(t, a.pt, [&](int k) {
+      const double mean = warp_sum<double>(t, a.C, [&](int c) { return double(g[c * a.pt + k]); }) / double(a.C);
+      const double squares = warp_sum<double>(t, a.C, [&](int c) {
         const double x = double(g[c * a.pt + k]) - mean;
         return x * x;
       });

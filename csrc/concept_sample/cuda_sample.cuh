@@ -41,14 +41,14 @@ struct SampleArgs_ {
 template <class T>
 struct SampleShared {
   using A = acc_t<T>;
-  T* tile;
-  A *mu, *s, *b, *v, *mhat, *u;  // [rows]
-  A *mean, *R;                   // [rows]: sums of e (yhat - mhat), later their mean; [rows, pt]
-  A *q, *projected, *h;          // [concepts, pt]; projected: mean * s Wv
-  A *e, *g;                      // [concepts, block]; [concepts, pt, block]: e * (yhat - mhat) * s Wv
-  A *top, *factor, *sum, *ties;  // [concepts]
+  SharedArray<T> tile;
+  SharedArray<A> mu, s, b, v, mhat, u;    // [rows]
+  SharedArray<A> mean, R;                 // [rows]: sums of e (yhat - mhat), later their mean; [rows, pt]
+  SharedArray<A> q, projected, h;         // [concepts, pt]; projected: mean * s Wv
+  SharedArray<A> e, g;                    // [concepts, block]; [concepts, pt, block]: e * (yhat - mhat) * s Wv
+  SharedArray<A> top, factor, sum, ties;  // [concepts]
   template <class Args>
-  VCR_BOTH SampleShared(Carver& carve, const Args& a, bool covariance) {
+  VCR_BOTH SampleShared(SharedCarver& carve, const Args& a, bool covariance) {
     const int64_t pt = a.problem.pt, rows = a.concepts * a.problem.p, states = a.concepts * pt;
     tile = carve.take<T>(tile_elements<T>(a.last, int(rows), a.resident ? int(a.problem.S) : a.block));
     mu = carve.take<A>(rows), s = carve.take<A>(rows), b = carve.take<A>(rows), v = carve.take<A>(rows), mhat = carve.take<A>(rows);
@@ -84,12 +84,12 @@ struct SampleBlock {
   template <class Thread>
   VCR_DEVICE Tile<T> load(Thread& t, int64_t begin) const {
     if (a.resident) {
-      Tile<T> tile = tile_of(s.tile, part(0, int(S)), room());
+      Tile<T> tile = tile_of(s.tile.get(), part(0, int(S)), room());
       tile.data += begin * tile.column;
       return tile;
     }
     const Part<const T> from = part(begin, block_at(begin));
-    const Tile<T> tile = tile_of(s.tile, from, room());
+    const Tile<T> tile = tile_of(s.tile.get(), from, room());
     t.sync();  // nobody reads the last one any more
     stage(t, from, tile);
     t.sync();
@@ -100,13 +100,13 @@ struct SampleBlock {
   template <class Thread>
   VCR_DEVICE void normalise(Thread& t) const {
     const NormArgs<A>& norm = a.norm;
-    const auto keep = [&](int64_t j, A mu, double var) {
+    const auto keep = [&](int j, A mu, double var) {
       const A rstd = A(1 / square_root(var + norm.eps)), scale = rstd * value_or(norm.weight, first + j, A(1));
       s.mu[j] = mu, s.s[j] = scale, s.b[j] = value_or(norm.bias, first + j, A(0));
       if (n == 0 && norm.mu != nullptr) norm.mu[first + j] = mu, norm.rstd[first + j] = rstd, norm.s[first + j] = scale;
     };
     if (norm.norm == Norm::batch) {
-      for_warps(t, rows, [&](int64_t j) {
+      for_warps(t, rows, [&](int j) {
         const MergedStats stats = merge_stats(t, norm.partial, a.problem, norm.per_group, first + j);
         if (t.lane() != 0) return;
         const A mu = A(stats.mean);
@@ -115,33 +115,33 @@ struct SampleBlock {
         if (n == 0) norm.batch_mean[first + j] = mu, norm.batch_var[first + j] = A(stats.squares / (stats.count - 1));
       });
     } else {
-      for_threads(t, rows, [&](int64_t j) {
+      for_threads(t, rows, [&](int j) {
         if (norm.norm == Norm::given)
           keep(j, norm.mean[first + j], double(norm.var[first + j]));
         else
           s.mu[j] = 0, s.s[j] = 1, s.b[j] = 0;
       });
     }
-    if (a.resident) stage(t, part(0, int(S)), tile_of(s.tile, part(0, int(S)), room()));
+    if (a.resident) stage(t, part(0, int(S)), tile_of(s.tile.get(), part(0, int(S)), room()));
     t.sync();
     if (norm.norm != Norm::batch) means(t);
     if (a.to.m != nullptr)
-      for_threads(t, rows, [&](int64_t j) { a.to.m[n * CP + first + j] = norm.norm == Norm::none ? s.mu[j] : s.mhat[j]; });
+      for_threads(t, rows, [&](int j) { a.to.m[n * CP + first + j] = norm.norm == Norm::none ? s.mu[j] : s.mhat[j]; });
   }
   template <class Thread>
   VCR_DEVICE void means(Thread& t) const {
-    for_threads(t, rows, [&](int64_t j) { s.mean[j] = 0; });
+    for_threads(t, rows, [&](int j) { s.mean[j] = 0; });
     for (int64_t begin = 0; begin < S; begin += a.block) {
       const Tile<T> tile = load(t, begin);
       const int count = block_at(begin);
       if (begin == 0) t.sync();
-      for_warps(t, rows, [&](int64_t j) {
-        const A mu = s.mu[j], sum = warp_sum<A>(t, count, [&](int64_t i) { return tile.at(int(j), int(i)) - mu; });
+      for_warps(t, rows, [&](int j) {
+        const A mu = s.mu[j], sum = warp_sum<A>(t, count, [&](int i) { return tile.at(int(j), int(i)) - mu; });
         if (t.lane() == 0) s.mean[j] += sum;
       });
     }
     t.sync();
-    for_threads(t, rows, [&](int64_t j) {
+    for_threads(t, rows, [&](int j) {
       A m = s.mean[j] / A(S);
       if (a.norm.norm == Norm::given) {
         s.mhat[j] = m;
@@ -158,11 +158,12 @@ struct SampleBlock {
   template <class Thread>
   VCR_DEVICE void score(Thread& t) const {
     if (a.sampler == Sampler::dynamic_query) {
-      for_threads(t, concepts * pt, [&](int64_t i) {
-        const int64_t c = i / pt, k = i % pt, weight = (c0 + c) * p * pt + k;
+      for_threads(t, concepts * pt, [&](int i) {
+        const int c = i / pt, k = i % pt;
+        const int64_t weight = (c0 + c) * p * pt + k;
         A q = 0;
         for (int j = 0; j < p; ++j) {
-          const int64_t at = c * p + j;
+          const int at = c * p + j;
           q = multiply_add(multiply_add(s.s[at], s.mhat[at], s.b[at]), a.weights.query[weight + int64_t(j) * pt], q);
         }
         s.q[i] = q;
@@ -170,7 +171,7 @@ struct SampleBlock {
       });
       t.sync();
     }
-    for_threads(t, rows, [&](int64_t j) {
+    for_threads(t, rows, [&](int j) {
       A u = 0;
       if (a.sampler == Sampler::dynamic_query) {
         for (int k = 0; k < pt; ++k) u = multiply_add(s.q[j / p * pt + k], a.weights.key[(first + j) * pt + k], u);
@@ -195,27 +196,27 @@ struct SampleBlock {
   template <class Thread>
   VCR_DEVICE void attend(Thread& t, bool covariance) const {
     A* const R = covariance ? sums_of_R() : nullptr;
-    for_threads(t, concepts, [&](int64_t c) {
+    for_threads(t, concepts, [&](int c) {
       s.top[c] = -infinity<A>();
       s.sum[c] = 0;
       s.ties[c] = 0;
     });
-    for_threads(t, rows, [&](int64_t j) { s.mean[j] = 0; });
-    if (covariance) for_threads(t, int64_t(rows) * pt, [&](int64_t i) { R[i] = 0; });
+    for_threads(t, rows, [&](int j) { s.mean[j] = 0; });
+    if (covariance) for_threads(t, int64_t(rows) * pt, [&](int i) { R[i] = 0; });
     for (int64_t begin = 0; begin < S; begin += a.block) {
       const Tile<T> tile = load(t, begin);
       const int count = block_at(begin);
-      for_threads(t, concepts * count, [&](int64_t at) {
+      for_threads(t, concepts * count, [&](int at) {
         const int c = int(at) / count, i = int(at) % count;
         s.e[c * a.block + i] = logit(tile, c, i);
       });
       t.sync();
-      for_warps(t, concepts, [&](int64_t c) {
+      for_warps(t, concepts, [&](int c) {
         const A* l = s.e + c * a.block;
         A high = -infinity<A>();
         for (int i = t.lane(); i < count; i += warp_size) high = Maximum{}(high, l[i]);
         high = t.reduce(high, Maximum{});
-        const A ties = warp_sum<A>(t, count, [&](int64_t i) { return l[i] == high ? A(1) : A(0); });
+        const A ties = warp_sum<A>(t, count, [&](int i) { return l[i] == high ? A(1) : A(0); });
         if (t.lane() != 0) return;
         const A before = s.top[c];
         if (high > before) {
@@ -227,12 +228,12 @@ struct SampleBlock {
         s.factor[c] = begin == 0 ? A(0) : exponential(before - s.top[c]);
       });
       t.sync();
-      for_threads(t, concepts * count, [&](int64_t at) { weigh(tile, int(at) / count, int(at) % count, covariance); });
+      for_threads(t, concepts * count, [&](int at) { weigh(tile, int(at) / count, int(at) % count, covariance); });
       t.sync();
-      for_warps(t, rows + concepts, [&](int64_t x) {
+      for_warps(t, rows + concepts, [&](int x) {
         if (x >= rows) {
-          const int64_t c = x - rows;
-          const A sum = warp_sum<A>(t, count, [&](int64_t i) { return s.e[c * a.block + i]; });
+          const int c = x - rows;
+          const A sum = warp_sum<A>(t, count, [&](int i) { return s.e[c * a.block + i]; });
           if (t.lane() == 0) s.sum[c] = multiply_add(s.sum[c], s.factor[c], sum);
         } else {
           add_row(t, tile, int(x), count, R);
@@ -265,8 +266,8 @@ struct SampleBlock {
   VCR_DEVICE void add_row(Thread& t, const Tile<T>& tile, int j, int count, A* R) const {
     const int c = j / p;
     const A mu = s.mu[j], mhat = s.mhat[j], factor = s.factor[c];
-    const auto x = [&](int64_t i) { return tile.at(j, int(i)) - mu - mhat; };
-    const A sum = warp_sum<A>(t, count, [&](int64_t i) { return s.e[c * a.block + i] * x(i); });
+    const auto x = [&](int i) { return tile.at(j, int(i)) - mu - mhat; };
+    const A sum = warp_sum<A>(t, count, [&](int i) { return s.e[c * a.block + i] * x(i); });
     if (t.lane() == 0) s.mean[j] = multiply_add(s.mean[j], factor, sum);
     if (R == nullptr) return;
     for (int k0 = 0; k0 < pt; k0 += at_once) {
@@ -287,29 +288,30 @@ struct SampleBlock {
         }
     }
   }
-  VCR_DEVICE A* sums_of_R() const { return a.shared_R ? s.R : a.to.R + (n * CP + first) * pt; }
+  VCR_DEVICE A* sums_of_R() const { return a.shared_R ? s.R.get() : a.to.R + (n * CP + first) * pt; }
 
   // r, R, the softmax and h, from the sums.
   template <class Thread>
   VCR_DEVICE void finish(Thread& t, bool covariance) const {
     const bool pool = a.sampler == Sampler::pool;
-    for_threads(t, rows, [&](int64_t j) {
+    for_threads(t, rows, [&](int j) {
       s.mean[j] = pool ? A(0) : s.mean[j] / s.sum[j / p];
       if (a.to.r != nullptr) a.to.r[n * CP + first + j] = s.mhat[j] + s.mean[j];
     });
     if (a.to.softmax != nullptr)
-      for_threads(t, concepts, [&](int64_t c) {
+      for_threads(t, concepts, [&](int c) {
         A* to = reinterpret_cast<A*>(a.to.softmax + n * a.problem.C + c0 + c);
         to[0] = pool ? A(0) : s.top[c];
         to[1] = pool ? A(1) : s.sum[c];
         to[2] = pool ? A(1) : most_ties(s.ties[c]);
       });
     t.sync();
-    for_threads(t, concepts * pt, [&](int64_t i) {
-      const int64_t c = i / pt, weight = (c0 + c) * p * pt + i % pt;
+    for_threads(t, concepts * pt, [&](int i) {
+      const int c = i / pt;
+      const int64_t weight = (c0 + c) * p * pt + i % pt;
       A h = 0, projected = 0;
       for (int j = 0; j < p; ++j) {
-        const int64_t at = c * p + j;
+        const int at = c * p + j;
         const A value = a.weights.value[weight + int64_t(j) * pt];
         h = multiply_add(multiply_add(s.s[at], s.mhat[at] + s.mean[at], s.b[at]), value, h);
         projected = multiply_add(s.mean[at] * s.s[at], value, projected);
@@ -322,8 +324,8 @@ struct SampleBlock {
     if (!covariance) return;
     const A* sums = sums_of_R();
     A* to = a.to.R + (n * CP + first) * pt;
-    for_threads(t, int64_t(rows) * pt, [&](int64_t i) {
-      const int64_t j = i / pt, c = j / p;
+    for_threads(t, int64_t(rows) * pt, [&](int i) {
+      const int j = i / pt, c = j / p;
       to[i] = sums[i] / s.sum[c] - s.mean[j] * s.projected[c * pt + i % pt];
     });
   }
@@ -335,7 +337,7 @@ struct SampleBlock {
     for (int64_t begin = 0; begin < S; begin += a.block) {
       const Tile<T> tile = load(t, begin);
       const int count = block_at(begin);
-      for_threads(t, concepts * count, [&](int64_t at) {
+      for_threads(t, concepts * count, [&](int at) {
         const int c = int(at) / count, i = int(at) % count;
         const A x = a.sampler == Sampler::pool ? A(1) / A(S) : exponential(logit(tile, c, i) - s.top[c]) / s.sum[c];
         a.attention[(n * a.problem.C + c0 + c) * S + begin + i] = x;
@@ -347,16 +349,16 @@ struct SampleBlock {
 template <class T>
 struct ConceptSample {
   using Args = SampleArgs_<T>;
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = sizeof(acc_t<T>) == 4 ? 2 : 1;
   VCR_BOTH static bool covariance(const Args& a) { return a.to.R != nullptr && a.sampler != Sampler::pool; }
   struct Shared : SampleShared<T> {
-    VCR_BOTH Shared(Carver& carve, const Args& a) : SampleShared<T>(carve, a, covariance(a)) {}
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a) : SampleShared<T>(carve, a, covariance(a)) {}
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.problem.N * quotient_up(a.problem.C, a.concepts); }
 
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared shared(carve, a);
     const int64_t blocks = quotient_up(a.problem.C, a.concepts), c0 = unit % blocks * a.concepts;
     const SampleBlock<T, Args> block(a, shared, unit / blocks, c0, int(least(a.concepts, a.problem.C - c0)));

@@ -62,7 +62,7 @@ struct DeviceThread {
 };
 
 template <class K>
-__global__ void __launch_bounds__(K::threads) run_kernel(const __grid_constant__ typename K::Args args, int64_t units) {
+__global__ void __launch_bounds__(K::threads, K::resident) run_kernel(const __grid_constant__ typename K::Args args, int64_t units) {
   DeviceThread thread;
   run_units<K>(thread, args, units);
 }

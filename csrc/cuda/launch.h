@@ -54,7 +54,7 @@ inline ClusterSizes cluster_sizes(const Device& device, const Problem& pr, int64
 
 template <class K>
 int64_t shared_bytes(const typename K::Args& args) {
-  Carver carve{nullptr};
+  SharedCarver carve{nullptr};
   const typename K::Shared shared(carve, args);
   static_cast<void>(shared);
   return carve.used;

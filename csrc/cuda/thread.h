@@ -7,6 +7,7 @@
 #include "../common/variants.h"
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define VCR_DEVICE __device__ __forceinline__
 #define VCR_BOTH __host__ __device__ __forceinline__
@@ -55,13 +56,13 @@ template <>
 struct Narrow<bf16> {
   static VCR_DEVICE bf16 from(float x) {
 #if defined(__CUDACC__)
-    const uint32_t bits = __float_as_uint(x);
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-#endif
     if (x != x) return {uint16_t(bits >> 16 | 0x40)};
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+#endif
   }
 };
 template <>
@@ -157,6 +158,14 @@ struct WideSum {
   }
 };
 
+// A parameter's type that another argument decides.
+template <class X>
+struct Given {
+  using type = X;
+};
+template <class X>
+using given = typename Given<X>::type;
+
 // ---- work among threads
 
 struct Sum {
@@ -179,24 +188,55 @@ struct Maximum {
   }
 };
 
-// f(i) for i in [0, count), over the block's threads, or its warps.
+// f(i) for i in [0, count), over the block's threads, or its warps. What is counted here is never as large as a map: int is enough, and a
+// division of ints is a third of one of int64.
 template <class Thread, class F>
 VCR_DEVICE void for_threads(Thread& t, int64_t count, F f) {
-  for (int64_t i = t.index(); i < count; i += t.count()) f(i);
+  for (int i = t.index(), end = int(count); i < end; i += t.count()) f(i);
 }
 template <class Thread, class F>
 VCR_DEVICE void for_warps(Thread& t, int64_t count, F f) {
-  for (int64_t i = t.index() / warp_size; i < count; i += t.count() / warp_size) f(i);
+  for (int i = t.index() / warp_size, end = int(count); i < end; i += t.count() / warp_size) f(i);
 }
 // The sum, the same in every lane, of f(i) for i in [0, count): lanes first, then a tree.
 template <class A, class Thread, class F>
 VCR_DEVICE A warp_sum(Thread& t, int64_t count, F f) {
   A x = 0;
-  for (int64_t i = t.lane(); i < count; i += warp_size) x += f(i);
+  for (int i = t.lane(), end = int(count); i < end; i += warp_size) x += f(i);
   return t.reduce(x, Sum{});
 }
 
-// Cuts shared memory, or a workspace, into arrays. With base null it counts.
+// An array in shared memory. On a GPU it is an offset: half a pointer's registers.
+template <class X>
+struct SharedArray {
+#if defined(__CUDA_ARCH__)
+  int at;
+  VCR_DEVICE X* get() const {
+    extern __shared__ __align__(16) char shared_memory[];
+    return reinterpret_cast<X*>(shared_memory + at);
+  }
+#else
+  X* at;
+  VCR_BOTH X* get() const { return at; }
+#endif
+  VCR_BOTH operator X*() const { return get(); }
+};
+// Cuts shared memory into arrays. With base null it counts.
+struct SharedCarver {
+  char* base;
+  int64_t used = 0;
+  template <class X>
+  VCR_BOTH SharedArray<X> take(int64_t count) {
+    const int64_t at = used;
+    used += (count * int64_t(sizeof(X)) + 15) / 16 * 16;
+#if defined(__CUDA_ARCH__)
+    return {int(at)};
+#else
+    return {reinterpret_cast<X*>(base + at)};
+#endif
+  }
+};
+// Cuts a workspace into arrays. With base null it counts.
 struct Carver {
   char* base;
   int64_t used = 0;

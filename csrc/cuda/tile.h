@@ -1,6 +1,8 @@
 // Parts of a map, in global memory and in shared memory, for both layouts. A run is what is adjacent in memory: a channel's positions, or
 // in channels_last a position's channels. Runs are read and written 16 bytes at a time, whatever their alignment; only their ends are not.
 #pragma once
+#include <cstring>
+
 #include "thread.h"
 
 namespace vcr::cuda {
@@ -43,6 +45,16 @@ struct Span {
   VCR_DEVICE bool whole() const { return lo == 0 && hi == V; }
 };
 
+// What is computed at a time, so that eight 16-bit features need no more registers than four floats.
+template <int V>
+constexpr int piece_size = V < 4 ? V : 4;
+template <int V>
+VCR_DEVICE Span<piece_size<V>> piece_of(Span<V> span, int first) {
+  constexpr int W = piece_size<V>;
+  const int lo = span.lo - first, hi = span.hi - first;
+  return {lo < 0 ? 0 : lo > W ? W : lo, hi < 0 ? 0 : hi > W ? W : hi};
+}
+
 // out[e] = p[e] for the elements of the span, 0 for others.
 template <int V, class X>
 VCR_DEVICE void read(const X* p, Span<V> span, X (&out)[V]) {
@@ -59,21 +71,52 @@ VCR_DEVICE void read(const X* p, Span<V> span, X (&out)[V]) {
     for (int e = 0; e < V; ++e) out[e] = e >= span.lo && e < span.hi ? p[e] : X{};
   }
 }
-template <int V, class X>
-VCR_DEVICE void write(X* p, Span<V> span, const X (&from)[V]) {
-  constexpr int W = 16 / int(sizeof(X));
-  if (V % W == 0 && span.whole() && misalignment(p) == 0) {
+
+// A span's features as they lie in memory: 16-bit ones stay two to a register until they are used.
+template <class T>
+struct Features {
+  static constexpr int count = span_size<T>;
+  uint32_t words[4];
+  VCR_DEVICE T operator[](int e) const {
+    T x;
+    if constexpr (sizeof(T) == 2)
+      x.bits = uint16_t(words[e / 2] >> (e % 2 * 16));
+    else
+      std::memcpy(&x, words + e * int(sizeof(T) / 4), sizeof x);
+    return x;
+  }
+  // Elements are set in order, from the first.
+  VCR_DEVICE void set(int e, T x) {
+    if constexpr (sizeof(T) == 2)
+      words[e / 2] = e % 2 == 0 ? uint32_t(x.bits) : words[e / 2] | uint32_t(x.bits) << 16;
+    else
+      std::memcpy(words + e * int(sizeof(T) / 4), &x, sizeof x);
+  }
+};
+template <class T>
+VCR_DEVICE Features<T> read_features(const T* p, Span<span_size<T>> span) {
+  Features<T> x;
+  if (span.whole() && misalignment(p) == 0) {
+    const Pack<uint32_t> pack = load_pack(reinterpret_cast<const uint32_t*>(p));
     VCR_UNROLL
-    for (int k = 0; k < V / W; ++k) {
-      Pack<X> pack;
-      VCR_UNROLL
-      for (int e = 0; e < W; ++e) pack.x[e] = from[k * W + e];
-      store_pack(p + k * W, pack);
-    }
+    for (int i = 0; i < 4; ++i) x.words[i] = pack.x[i];
   } else {
     VCR_UNROLL
-    for (int e = 0; e < V; ++e)
-      if (e >= span.lo && e < span.hi) p[e] = from[e];
+    for (int e = 0; e < span_size<T>; ++e) x.set(e, e >= span.lo && e < span.hi ? p[e] : T{});
+  }
+  return x;
+}
+template <class T>
+VCR_DEVICE void write_features(T* p, Span<span_size<T>> span, const Features<T>& x) {
+  if (span.whole() && misalignment(p) == 0) {
+    Pack<uint32_t> pack;
+    VCR_UNROLL
+    for (int i = 0; i < 4; ++i) pack.x[i] = x.words[i];
+    store_pack(reinterpret_cast<uint32_t*>(p), pack);
+  } else {
+    VCR_UNROLL
+    for (int e = 0; e < span_size<T>; ++e)
+      if (e >= span.lo && e < span.hi) p[e] = x[e];
   }
 }
 
@@ -121,12 +164,6 @@ VCR_DEVICE void for_spans(Thread& t, const Part<T>& part, Load load, Use use) {
   }
 }
 
-// The loaded elements of a span.
-template <class X, int V>
-struct Loaded {
-  X x[V];
-};
-
 // A part in shared memory: channel j at position i stands at j * row + i * column. Lanes that go along positions meet no bank twice.
 template <class T>
 struct Tile {
@@ -165,13 +202,8 @@ VCR_DEVICE void stage(Thread& t, const Part<const T>& part, const Tile<T>& tile)
   constexpr int V = span_size<T>;
   const int to_run = part.last ? tile.column : tile.row;
   for_spans<4>(
-      t, part,
-      [&](int r, int k, Span<V> span) {
-        Loaded<T, V> loaded;
-        read(part.run(r) + k, span, loaded.x);
-        return loaded;
-      },
-      [&](int r, int k, Span<V> span, const Loaded<T, V>& loaded) { write(tile.data + r * to_run + k, span, loaded.x); });
+      t, part, [&](int r, int k, Span<V> span) { return read_features(part.run(r) + k, span); },
+      [&](int r, int k, Span<V> span, const Features<T>& x) { write_features(tile.data + r * to_run + k, span, x); });
 }
 
 }  // namespace vcr::cuda

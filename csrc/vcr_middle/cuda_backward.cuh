@@ -45,18 +45,18 @@ VCR_DEVICE A where_active(A pre, A grad) {
 template <class T>
 struct ModulateBackwardSums {
   using A = acc_t<T>;
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 4 : 2;
   struct Args {
     BackwardView<T> view;
     int concepts, block;
     ModulatorSums_<A> to;
   };
   struct Shared {
-    T *y, *d;
+    SharedArray<T> y, d;
     ModulatorShared<A> m;
-    A *v, *M, *k, *l;                            // [rows]; [concepts, block] each
-    double *E0, *E1, *F0, *F1, *K1, *top, *K0;  // [rows]; top: sum of yhat over the maxima; K0 [concepts]
-    VCR_BOTH Shared(Carver& carve, const Args& a)
+    SharedArray<A> v, M, k, l;                           // [rows]; [concepts, block] each
+    SharedArray<double> E0, E1, F0, F1, K1, top, K0;  // [rows]; top: sum of yhat over the maxima; K0 [concepts]
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a)
         : y(carve.take<T>(tile_elements<T>(a.view.last, a.concepts * int(a.view.problem.p), a.block))),
           d(carve.take<T>(tile_elements<T>(a.view.last, a.concepts * int(a.view.problem.p), a.block))),
           m(carve, a.concepts * a.view.problem.p) {
@@ -74,30 +74,30 @@ struct ModulateBackwardSums {
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
     const BackwardView<T>& view = a.view;
     const Problem& pr = view.problem;
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, a);
     const int64_t blocks = quotient_up(pr.C, a.concepts), n = unit / blocks, c0 = unit % blocks * a.concepts, first = c0 * pr.p;
     const int64_t CP = pr.C * pr.p;
     const int concepts = int(least(a.concepts, pr.C - c0)), p = int(pr.p), rows = concepts * p;
-    for_threads(t, rows, [&](int64_t i) {
-      modulator_of(view, n, first, i, s.m, s.v);
+    for_threads(t, rows, [&](int i) {
+      modulator_of(view, n, first, i, s.m, s.v.get());
       s.E0[i] = s.E1[i] = 0;
       if (view.pixel) s.F0[i] = s.F1[i] = s.K1[i] = s.top[i] = 0;
     });
-    if (view.pixel) for_threads(t, concepts, [&](int64_t c) { s.K0[c] = 0; });
+    if (view.pixel) for_threads(t, concepts, [&](int c) { s.K0[c] = 0; });
     for (int64_t begin = 0; begin < pr.S; begin += a.block) {
       const int count = int(least(a.block, pr.S - begin));
       const Part<const T> y = part_of(view.y, view.last, n, first, rows, begin, count);
       const Part<const T> d = part_of(view.grad_out, view.last, n, first, rows, begin, count);
-      const Tile<T> ys = tile_of(s.y, y, a.block), ds = tile_of(s.d, d, a.block);
+      const Tile<T> ys = tile_of(s.y.get(), y, a.block), ds = tile_of(s.d.get(), d, a.block);
       stage(t, y, ys);
       stage(t, d, ds);
       t.sync();
       if (view.pixel) {
-        for_threads(t, concepts * count, [&](int64_t at) { weigh(a, s, ys, ds, n, c0, int(at) / count, int(at) % count); });
+        for_threads(t, concepts * count, [&](int at) { weigh(a, s, ys, ds, n, c0, int(at) / count, int(at) % count); });
         t.sync();
       }
-      for_warps(t, rows + (view.pixel ? concepts : 0), [&](int64_t x) {
+      for_warps(t, rows + (view.pixel ? concepts : 0), [&](int x) {
         if (x >= rows)
           add_concept(t, a, s, int(x - rows), count);
         else if (view.pixel)
@@ -107,15 +107,15 @@ struct ModulateBackwardSums {
       });
       t.sync();
     }
-    for_threads(t, rows, [&](int64_t i) {
+    for_threads(t, rows, [&](int i) {
       const int64_t at = n * CP + first + i;
       a.to.E0[at] = A(s.E0[i]), a.to.E1[at] = A(s.E1[i]);
       if (!view.pixel) return;
       a.to.F0[at] = A(s.F0[i]), a.to.F1[at] = A(s.F1[i]);
-      const int64_t c = i / p;
+      const int c = i / p;
       a.to.K1[at] = A(s.K1[i] - s.K0[c] * (s.top[i] / double(view.softmax[n * pr.C + c0 + c].ties)));
     });
-    if (view.pixel) for_threads(t, concepts, [&](int64_t c) { a.to.K0[n * pr.C + c0 + c] = A(s.K0[c]); });
+    if (view.pixel) for_threads(t, concepts, [&](int c) { a.to.K0[n * pr.C + c0 + c] = A(s.K0[c]); });
   }
 
   template <class Thread>
@@ -150,7 +150,7 @@ struct ModulateBackwardSums {
   }
   template <class Thread>
   VCR_DEVICE static void add_concept(Thread& t, const Args& a, const Shared& s, int c, int count) {
-    const A k = warp_sum<A>(t, count, [&](int64_t i) { return s.k[c * a.block + i]; });
+    const A k = warp_sum<A>(t, count, [&](int i) { return s.k[c * a.block + i]; });
     if (t.lane() == 0) s.K0[c] += double(k);
   }
   template <class Thread>
@@ -181,7 +181,7 @@ struct ModulateBackwardSums {
 // Image n: dL/d(state before its ReLU), and what the states' batch norm needs of it. Grid: images.
 template <class A>
 struct StateGradients {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
   struct Args {
     Problem problem;
     NormSeen<A> norm;
@@ -191,15 +191,16 @@ struct StateGradients {
     double* parts;                             // [N, 3, pt]: the mean of G, sums of dstate and of dstate (G - mean)
   };
   struct Shared {
-    VCR_BOTH Shared(Carver&, const Args&) {}
+    VCR_BOTH Shared(SharedCarver&, const Args&) {}
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.problem.N; }
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t n) {
     const Problem& pr = a.problem;
     const int64_t CP = pr.C * pr.p, p = pr.p, pt = pr.pt, states = n * pr.C * pt;
-    for_threads(t, pr.C * pt, [&](int64_t i) {
-      const int64_t c = i / pt, weight = i * p;
+    for_threads(t, pr.C * pt, [&](int i) {
+      const int c = i / int(pt);
+      const int64_t weight = i * p;
       A d = 0;
       for (int64_t j = 0; j < p; ++j) {
         const int64_t at = n * CP + c * p + j;
@@ -216,10 +217,10 @@ struct StateGradients {
   }
   template <class Thread>
   VCR_DEVICE static void state_sums(Thread& t, int64_t C, int64_t pt, const A* g, const A* dstate, double* parts) {
-    for_warps(t, pt, [&](int64_t k) {
-      const double mean = warp_sum<double>(t, C, [&](int64_t c) { return double(g[c * pt + k]); }) / double(C);
-      const double d = warp_sum<double>(t, C, [&](int64_t c) { return double(dstate[c * pt + k]); });
-      const double product = warp_sum<double>(t, C, [&](int64_t c) { return double(dstate[c * pt + k]) * (double(g[c * pt + k]) - mean); });
+    for_warps(t, pt, [&](int k) {
+      const double mean = warp_sum<double>(t, C, [&](int c) { return double(g[c * pt + k]); }) / double(C);
+      const double d = warp_sum<double>(t, C, [&](int c) { return double(dstate[c * pt + k]); });
+      const double product = warp_sum<double>(t, C, [&](int c) { return double(dstate[c * pt + k]) * (double(g[c * pt + k]) - mean); });
       if (t.lane() == 0) parts[k] = mean, parts[pt + k] = d, parts[2 * pt + k] = product;
     });
   }
@@ -228,7 +229,7 @@ struct StateGradients {
 // Image n: dL/dG through the states' batch norm. Grid: images.
 template <class A>
 struct StateNormBackward {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
   struct Args {
     int64_t N, C, pt;
     bool batch;
@@ -238,26 +239,26 @@ struct StateNormBackward {
     A *dg, *dweight, *dbias;  // the last two may be null
   };
   struct Shared {
-    double *mean, *rstd, *sum, *product;  // [pt]
-    VCR_BOTH Shared(Carver& carve, const Args& a) {
+    SharedArray<double> mean, rstd, sum, product;  // [pt]
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a) {
       mean = carve.take<double>(a.pt), rstd = carve.take<double>(a.pt), sum = carve.take<double>(a.pt), product = carve.take<double>(a.pt);
     }
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.N; }
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t n) {
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, a);
     const int64_t pt = a.pt;
     const double count = double(a.N) * double(a.C);
-    for_warps(t, pt, [&](int64_t k) {
-      const auto part = [&](int64_t i, int64_t which) { return a.parts[(3 * i + which) * pt + k]; };
-      const double found = warp_sum<double>(t, a.N, [&](int64_t i) { return part(i, 0); }) / double(a.N);
+    for_warps(t, pt, [&](int k) {
+      const auto part = [&](int i, int64_t which) { return a.parts[(3 * i + which) * pt + k]; };
+      const double found = warp_sum<double>(t, a.N, [&](int i) { return part(i, 0); }) / double(a.N);
       const double mean = a.batch ? found : double(a.kept[pt + k]);
       const double rstd = a.batch ? double(a.kept[k]) + double(a.kept[pt + k]) : double(a.kept[k]);
-      const double sum = warp_sum<double>(t, a.N, [&](int64_t i) { return part(i, 1); });
+      const double sum = warp_sum<double>(t, a.N, [&](int i) { return part(i, 1); });
       const double product =
-          warp_sum<double>(t, a.N, [&](int64_t i) { return multiply_add(part(i, 0) - mean, part(i, 1), part(i, 2)); }) * rstd;
+          warp_sum<double>(t, a.N, [&](int i) { return multiply_add(part(i, 0) - mean, part(i, 1), part(i, 2)); }) * rstd;
       if (t.lane() != 0) return;
       s.mean[k] = mean, s.rstd[k] = rstd, s.sum[k] = sum, s.product[k] = product;
       if (n != 0) return;
@@ -265,8 +266,9 @@ struct StateNormBackward {
       if (a.dbias != nullptr) a.dbias[k] = A(sum);
     });
     t.sync();
-    for_threads(t, a.C * pt, [&](int64_t i) {
-      const int64_t k = i % pt, at = n * a.C * pt + i;
+    for_threads(t, a.C * pt, [&](int i) {
+      const int k = i % int(pt);
+      const int64_t at = n * a.C * pt + i;
       double d = double(a.dstate[at]);
       if (a.batch) d -= s.sum[k] / count + (double(a.g[at]) - s.mean[k]) * s.rstd[k] * (s.product[k] / count);
       a.dg[at] = A(d * double(value_or(a.weight, k, A(1))) * s.rstd[k]);
@@ -418,7 +420,7 @@ VCR_BOTH PartialRow partial_row(const Problem& pr, Edges edges) {
 // products over the images in order. Grid: groups of images, concepts.
 template <class A>
 struct SmallGradients {
-  static constexpr int threads = 128;
+  static constexpr int threads = 128, resident = 4;
   struct Args {
     SamplerBackward<A> sampler;
     Edges edges;
@@ -429,7 +431,7 @@ struct SmallGradients {
     A* partial;  // [groups, PartialRow]
   };
   struct Shared {
-    VCR_BOTH Shared(Carver&, const Args&) {}
+    VCR_BOTH Shared(SharedCarver&, const Args&) {}
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.sampler.problem.C * quotient_up(a.sampler.problem.N, a.per_group); }
 
@@ -439,7 +441,7 @@ struct SmallGradients {
     const Problem& pr = sampler.problem;
     const int64_t c = unit % pr.C, group = unit / pr.C, n0 = group * a.per_group, n1 = least(pr.N, n0 + a.per_group);
     const int64_t p = pr.p, pt = pr.pt, CP = pr.C * p;
-    for_warps(t, n1 - n0, [&](int64_t i) {
+    for_warps(t, n1 - n0, [&](int i) {
       const int64_t n = n0 + i, image = n * pr.C * pt, mine = image + c * pt;
       reasoner_backward(t, a.edges, pr.C, pt, c, a.dg + image, a.h + image, a.edge, offset(a.kept_edges, n * pr.C * pr.C), sampler.to.dh + mine,
                         sampler.to.dedge + mine);
@@ -449,8 +451,9 @@ struct SmallGradients {
     t.sync();
     const PartialRow row = partial_row(pr, a.edges);
     A* to = a.partial + group * row.size();
-    for_threads(t, p * pt, [&](int64_t i) {
-      const int64_t j = i / pt, k = i % pt, at = c * p * pt + i, back = c * p * pt + k * p + j;
+    for_threads(t, p * pt, [&](int i) {
+      const int j = i / int(pt), k = i % int(pt);
+      const int64_t at = c * p * pt + i, back = c * p * pt + k * p + j;
       const WeightSums<A> sums = sampler_weight_sums(sampler, n0, n1, c, j, k);
       A scale = 0, shift = 0;
       for (int64_t n = n0; n < n1; ++n) {
@@ -463,15 +466,15 @@ struct SmallGradients {
       to[row.weight(0) + at] = sums.value, to[row.weight(1) + at] = sums.query, to[row.weight(2) + at] = sums.key;
       to[row.weight(3) + back] = scale, to[row.weight(4) + back] = shift;
     });
-    for_threads(t, p, [&](int64_t j) { channel_sums(a, to, row, n0, n1, c * p + j); });
+    for_threads(t, p, [&](int j) { channel_sums(a, to, row, n0, n1, c * p + j); });
     if (a.edges == Edges::dynamic_edges)
-      for_threads(t, pt, [&](int64_t k) {
+      for_threads(t, pt, [&](int k) {
         A sum = 0;
         for (int64_t n = n0; n < n1; ++n) sum += sampler.to.dedge[(n * pr.C + c) * pt + k];
         to[row.edge() + k * pr.C + c] = sum;
       });
     if (a.edges == Edges::static_edges)
-      for_threads(t, pr.C, [&](int64_t d) {
+      for_threads(t, pr.C, [&](int d) {
         double sum = 0;
         for (int64_t n = n0; n < n1; ++n) {
           A x = 0;

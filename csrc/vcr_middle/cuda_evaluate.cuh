@@ -10,7 +10,7 @@ namespace vcr::cuda {
 template <class T>
 struct MiddleEvaluate {
   using A = acc_t<T>;
-  static constexpr int threads = 512;
+  static constexpr int threads = 384, resident = sizeof(A) == 4 ? 2 : 1;
   struct Args {
     SampleArgs_<T> sample;  // resident; nothing of `to` is kept
     Map<T> out;
@@ -24,8 +24,8 @@ struct MiddleEvaluate {
   struct Shared {
     SampleShared<T> sample;
     ModulatorShared<A> m;
-    A *states, *g;  // all states of the image; G and then the states of the block's concepts
-    VCR_BOTH Shared(Carver& carve, const Args& a) : sample(carve, a.sample, false), m(carve, a.sample.concepts * a.sample.problem.p) {
+    SharedArray<A> states, g;  // all states of the image; G and then the states of the block's concepts
+    VCR_BOTH Shared(SharedCarver& carve, const Args& a) : sample(carve, a.sample, false), m(carve, a.sample.concepts * a.sample.problem.p) {
       const Problem& pr = a.sample.problem;
       states = carve.take<A>(a.edges == Edges::none ? 0 : pr.C * pr.pt);
       g = carve.take<A>(a.sample.concepts * pr.pt);
@@ -39,7 +39,7 @@ struct MiddleEvaluate {
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
     const Problem& pr = a.sample.problem;
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, a);
     const int64_t blocks = blocks_per_image(a), n = unit / blocks, c0 = least(pr.C, unit % blocks * a.sample.concepts);
     const int concepts = int(least(a.sample.concepts, pr.C - c0)), p = int(pr.p), rows = concepts * p, S = int(pr.S);
@@ -49,11 +49,12 @@ struct MiddleEvaluate {
     if (a.sample.sampler != Sampler::pool) block.attend(t, false);
     block.finish(t, false);
     reason(t, a, s, c0, concepts);
-    for_threads(t, rows, [&](int64_t i) {
-      const int64_t c = i / pr.p, j = c0 * pr.p + i, weight = (c0 + c) * pr.p * pr.pt;
+    for_threads(t, rows, [&](int i) {
+      const int c = i / p;
+      const int64_t j = c0 * pr.p + i, weight = (c0 + c) * pr.p * pr.pt;
       const A* state = s.g + c * pr.pt;
-      const A abar = project_state(state, offset(a.weights.scale_weight, weight), pr.p, pr.pt, i % pr.p);
-      const A bbar = project_state(state, offset(a.weights.shift_weight, weight), pr.p, pr.pt, i % pr.p);
+      const A abar = project_state(state, offset(a.weights.scale_weight, weight), pr.p, pr.pt, i % p);
+      const A bbar = project_state(state, offset(a.weights.shift_weight, weight), pr.p, pr.pt, i % p);
       const Normalised<A> z{s.sample.mu[i], s.sample.s[i], s.sample.b[i], s.sample.mhat[i]};
       s.m.keep(i, a.pixel, z.mu, modulator_coefficients(a.pixel, z, abar, bbar, a.weights.scale_bias[j], a.weights.shift_bias[j]));
     });
@@ -61,13 +62,13 @@ struct MiddleEvaluate {
     if (!a.pixel) {
       const Tile<T> tile = block.load(t, 0);
       const int to_run = a.sample.last ? tile.column : tile.row;
-      modulate_channels(t, s.m, part_of(a.out, a.sample.last, n, c0 * p, rows, 0, S), [&](int r) { return tile.data + r * to_run; });
+      modulate_channels<1>(t, s.m, part_of(a.out, a.sample.last, n, c0 * p, rows, 0, S), [&](int r) { return tile.data + r * to_run; });
       return;
     }
     for (int begin = 0; begin < S; begin += a.sample.block) {
       const Tile<T> tile = block.load(t, begin);
       const int count = block.block_at(begin), row = a.sample.block;
-      for_threads(t, concepts * count, [&](int64_t at) {
+      for_threads(t, concepts * count, [&](int at) {
         const int c = int(at) / count, i = int(at) % count;
         s.sample.e[c * row + i] = exponential(block.logit(tile, c, i) - s.sample.top[c]);
       });
@@ -82,21 +83,21 @@ struct MiddleEvaluate {
   VCR_DEVICE static void reason(Thread& t, const Args& a, const Shared& s, int64_t c0, int concepts) {
     const Problem& pr = a.sample.problem;
     if (a.edges == Edges::none) {
-      for_threads(t, concepts * pr.pt, [&](int64_t i) { s.g[i] = s.sample.h[i]; });
+      for_threads(t, concepts * pr.pt, [&](int i) { s.g[i] = s.sample.h[i]; });
     } else {
       if (a.cluster > 1) t.cluster_sync();  // every block has its h
-      for_threads(t, pr.C * pr.pt, [&](int64_t i) {
-        const int64_t c = i / pr.pt, rank = c / a.sample.concepts;
-        const A* h = a.cluster > 1 ? t.peer(s.sample.h, int(rank)) : s.sample.h;
-        s.states[i] = h[i - rank * a.sample.concepts * pr.pt];
+      for_threads(t, pr.C * pr.pt, [&](int i) {
+        const int rank = i / (a.sample.concepts * int(pr.pt));
+        const A* h = a.cluster > 1 ? t.peer(s.sample.h.get(), rank) : s.sample.h.get();
+        s.states[i] = h[i - rank * a.sample.concepts * int(pr.pt)];
       });
       t.sync();
       if (a.cluster > 1) t.cluster_sync();  // nobody writes or ends while another still reads
-      exchange(t, a.edges, pr.C, pr.pt, s.states, a.edge, c0, concepts, static_cast<A*>(nullptr), s.g);
+      exchange(t, a.edges, pr.C, pr.pt, s.states.get(), a.edge, c0, concepts, static_cast<A*>(nullptr), s.g.get());
     }
     t.sync();
-    for_threads(t, concepts * pr.pt, [&](int64_t i) {
-      const int64_t k = i % pr.pt;
+    for_threads(t, concepts * pr.pt, [&](int i) {
+      const int k = i % int(pr.pt);
       const StateNormValues norm = given_state_norm(a.state_norm.given_mean, a.state_norm.given_var, a.state_norm.eps, k);
       s.g[i] = relu(normalised_state(s.g[i], norm, a.state_weight, a.state_bias, k));
     });

@@ -23,14 +23,15 @@ struct FinishGradients {
     return x;
   }
   VCR_DEVICE void finish(int64_t at) const {
-    A* const weights[] = {to.value, to.query, to.key, to.scale_weight, to.shift_weight};
-    A* const vectors[] = {to.logit, to.scale_bias, to.shift_bias, to.norm_weight, to.norm_bias};
     if (at < row.vector(0)) {
-      A* out = weights[at / row.weights];
+      const int which = int(at / row.weights);
+      A* out = which == 0 ? to.value : which == 1 ? to.query : which == 2 ? to.key : which == 3 ? to.scale_weight : to.shift_weight;
       if (out != nullptr) out[at % row.weights] = total(at);
     } else if (at < row.edge()) {
-      const int64_t which = (at - row.vector(0)) / row.channels, j = (at - row.vector(0)) % row.channels;
-      if (vectors[which] != nullptr) vectors[which][j] = total(at) * (which == 3 ? rstd[j] : A(1));
+      const int which = int((at - row.vector(0)) / row.channels);
+      const int64_t j = (at - row.vector(0)) % row.channels;
+      A* out = which == 0 ? to.logit : which == 1 ? to.scale_bias : which == 2 ? to.shift_bias : which == 3 ? to.norm_weight : to.norm_bias;
+      if (out != nullptr) out[j] = total(at) * (which == 3 ? rstd[j] : A(1));
     } else if (to.edge != nullptr) {
       to.edge[at - row.edge()] = total(at);
     }
@@ -40,7 +41,7 @@ struct FinishGradients {
 template <class T, bool modulated>
 struct MiddleInputGrad {
   using A = acc_t<T>;
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 2 : 1;
   struct Args {
     BackwardView<T> view;  // without modulation: problem, y, last, norm and softmax; pixel is not set
     Map<T> dy;
@@ -53,11 +54,11 @@ struct MiddleInputGrad {
     FinishGradients<A> gradients;
   };
   struct Shared {
-    T *y, *d;
+    SharedArray<T> y, d;
     ModulatorShared<A> m;
-    A *v, *dr, *constant, *c1;  // [rows]
-    A *a, *dl, *M;              // [concepts, block]
-    VCR_BOTH Shared(Carver& carve, const Args& g)
+    SharedArray<A> v, dr, constant, c1;  // [rows]
+    SharedArray<A> a, dl, M;             // [concepts, block]
+    VCR_BOTH Shared(SharedCarver& carve, const Args& g)
         : y(carve.take<T>(tile_elements<T>(g.view.last, g.concepts * int(g.view.problem.p), g.block))),
           d(carve.take<T>(g.view.pixel ? tile_elements<T>(g.view.last, g.concepts * int(g.view.problem.p), g.block) : 0)),
           m(carve, g.concepts * g.view.problem.p) {
@@ -74,35 +75,35 @@ struct MiddleInputGrad {
   VCR_DEVICE static void run(Thread& t, const Args& g, int64_t unit) {
     const BackwardView<T>& view = g.view;
     const Problem& pr = view.problem;
-    Carver carve{t.shared()};
+    SharedCarver carve{t.shared()};
     const Shared s(carve, g);
     const int64_t blocks = quotient_up(pr.C, g.concepts), chunks = quotient_up(pr.S, g.chunk);
     const int64_t chunk = unit % chunks, c0 = unit / chunks % blocks * g.concepts, n = unit / chunks / blocks, first = c0 * pr.p;
     const int concepts = int(least(g.concepts, pr.C - c0)), p = int(pr.p), rows = concepts * p;
-    for_threads(t, rows, [&](int64_t i) { prologue(g, s, n, first, i); });
+    for_threads(t, rows, [&](int i) { prologue(g, s, n, first, i); });
     const int64_t end = least(pr.S, (chunk + 1) * g.chunk);
     for (int64_t begin = chunk * g.chunk; begin < end; begin += g.block) {
       const int count = int(least(g.block, end - begin));
       const Part<const T> y = part_of(view.y, view.last, n, first, rows, begin, count);
-      const Tile<T> ys = tile_of(s.y, y, g.block);
+      const Tile<T> ys = tile_of(s.y.get(), y, g.block);
       Tile<T> ds{nullptr, 0, 0};
       Part<const T> d{nullptr, 0, 0, 0, view.last};
       if constexpr (modulated) d = part_of(view.grad_out, view.last, n, first, rows, begin, count);
       stage(t, y, ys);
       if (view.pixel) {
-        ds = tile_of(s.d, d, g.block);
+        ds = tile_of(s.d.get(), d, g.block);
         stage(t, d, ds);
       }
       t.sync();
       if (g.sampler != Sampler::pool) {
-        for_threads(t, concepts * count, [&](int64_t at) { weigh(g, s, ys, ds, n, c0, begin, int(at) / count, int(at) % count); });
+        for_threads(t, concepts * count, [&](int at) { weigh(g, s, ys, ds, n, c0, begin, int(at) / count, int(at) % count); });
         t.sync();
       }
       const Part<T> dy = part_of(g.dy, view.last, n, first, rows, begin, count);
       if (view.pixel)
-        store<true>(t, g, s, ys, [&](int r, int k, Span<span_size<T>> span, T(&out)[span_size<T>]) { read_tile(ds, view.last, r, k, span, out); }, dy);
+        store<true>(t, g, s, ys, ds, d, dy);
       else
-        store<false>(t, g, s, ys, [&](int r, int k, Span<span_size<T>> span, T(&out)[span_size<T>]) { read(d.run(r) + k, span, out); }, dy);
+        store<false>(t, g, s, ys, ds, d, dy);
       t.sync();
     }
     if (g.gradients.partial == nullptr) return;
@@ -115,7 +116,7 @@ struct MiddleInputGrad {
     const int64_t CP = view.problem.C * view.problem.p, j = first + i, at = n * CP + j;
     const Normalised<A> z = view.norm.at(n, j, CP);
     if constexpr (modulated) {
-      modulator_of(view, n, first, i, s.m, s.v);
+      modulator_of(view, n, first, i, s.m, s.v.get());
     } else {
       s.m.keep(i, true, z.mu, Coefficients<A>{0, 0, 0, 0});
       s.v[i] = z.s * g.u[at];
@@ -159,64 +160,69 @@ struct MiddleInputGrad {
     s.a[at] = a;
     s.dl[at] = dl;
   }
-  template <bool pixel, class Thread, class Grad>
-  VCR_DEVICE static void store(Thread& t, const Args& g, const Shared& s, const Tile<T>& y, Grad grad, const Part<T>& dy) {
-    constexpr int V = span_size<T>;
+  template <bool pixel, class Thread>
+  VCR_DEVICE static void store(Thread& t, const Args& g, const Shared& s, const Tile<T>& y, const Tile<T>& ds, const Part<const T>& d,
+                               const Part<T>& dy) {
+    constexpr int V = span_size<T>, W = piece_size<V>;
     const int p = int(g.view.problem.p), row = g.block;
-    for_spans<2>(
-        t, dy,
-        [&](int r, int k, Span<V> span) {
-          Loaded<T, V> d = {};
-          if constexpr (modulated) grad(r, k, span, d.x);
-          return d;
-        },
-        [&](int r, int k, Span<V> span, const Loaded<T, V>& d) {
-          const bool last = dy.last;
-          A mu[V], constant[V], c1[V], out[V];
-          T features[V];
-          read_tile(y, last, r, k, span, features);
-          spread(s.m.mu, last, r, k, span, mu), spread(s.constant, last, r, k, span, constant), spread(s.c1, last, r, k, span, c1);
-          VCR_UNROLL
-          for (int e = 0; e < V; ++e)
-            if (e >= span.lo && e < span.hi) {
-              mu[e] = widen(features[e]) - mu[e];  // yhat from here on
-              out[e] = multiply_add(c1[e], mu[e], constant[e]);
-            }
-          if (g.sampler != Sampler::pool) {
-            A a[V], dl[V], dr[V], v[V];
-            share(s.a, row, last, p, r, k, span, a), share(s.dl, row, last, p, r, k, span, dl);
-            spread(s.dr, last, r, k, span, dr), spread(s.v, last, r, k, span, v);
+    with_layout(dy.last, [&](auto layout) {
+    constexpr bool last = decltype(layout)::value;
+      for_spans<sizeof(T) == 2 ? 1 : 2>(
+          t, dy,
+          [&](int r, int k, Span<V> span) {
+            if constexpr (pixel)
+              return read_tile<last>(ds, r, k, span);
+            else if constexpr (modulated)
+              return read_features<T>(d.run(r) + k, span);
+            else
+              return Features<T>{};
+          },
+          [&](int r, int k, Span<V> span, const Features<T>& grad) {
+            const Features<T> features = read_tile<last>(y, r, k, span);
+            Features<T> to;
             VCR_UNROLL
-            for (int e = 0; e < V; ++e)
-              if (e >= span.lo && e < span.hi) out[e] = multiply_add(a[e], dr[e], multiply_add(dl[e], v[e], out[e]));
-          }
-          if constexpr (modulated) {
-            A A0[V], B0[V];
-            spread(s.m.A0, last, r, k, span, A0), spread(s.m.B0, last, r, k, span, B0);
-            if constexpr (pixel) {
-              A A1[V], B1[V], M[V];
-              spread(s.m.A1, last, r, k, span, A1), spread(s.m.B1, last, r, k, span, B1);
-              share(s.M, row, last, p, r, k, span, M);
-              VCR_UNROLL
-              for (int e = 0; e < V; ++e)
-                if (e >= span.lo && e < span.hi) {
-                  const Coefficients<A> m{A0[e], B0[e], A1[e], B1[e]};
-                  const A slope = slope_at(m, M[e]);
-                  out[e] = multiply_add(slope, where_active(pre_activation(m, M[e], slope, mu[e]), widen(d.x[e])), out[e]);
+            for (int first = 0; first < V; first += W) {
+              const Span<W> piece = piece_of(span, first);
+              const int at = k + first;
+              A x[W], out[W];
+              {
+                A mu[W], constant[W], c1[W];
+                spread<last>(s.m.mu, r, at, piece, mu), spread<last>(s.constant, r, at, piece, constant);
+                spread<last>(s.c1, r, at, piece, c1);
+                VCR_UNROLL
+                for (int e = 0; e < W; ++e) {
+                  x[e] = widen(features[first + e]) - mu[e];
+                  out[e] = multiply_add(c1[e], x[e], constant[e]);
                 }
-            } else {
+              }
+              if (g.sampler != Sampler::pool) {
+                A a[W], dl[W], dr[W], v[W];
+                share<last>(s.a, row, p, r, at, piece, a), share<last>(s.dl, row, p, r, at, piece, dl);
+                spread<last>(s.dr, r, at, piece, dr), spread<last>(s.v, r, at, piece, v);
+                VCR_UNROLL
+                for (int e = 0; e < W; ++e) out[e] = multiply_add(a[e], dr[e], multiply_add(dl[e], v[e], out[e]));
+              }
+              if constexpr (modulated) {
+                A A0[W], B0[W], A1[W] = {}, B1[W] = {}, M[W] = {};
+                spread<last>(s.m.A0, r, at, piece, A0), spread<last>(s.m.B0, r, at, piece, B0);
+                if constexpr (pixel) {
+                  spread<last>(s.m.A1, r, at, piece, A1), spread<last>(s.m.B1, r, at, piece, B1);
+                  share<last>(s.M, row, p, r, at, piece, M);
+                }
+                VCR_UNROLL
+                for (int e = 0; e < W; ++e) {
+                  const Coefficients<A> m{A0[e], B0[e], A1[e], B1[e]};
+                  const A slope = pixel ? slope_at(m, M[e]) : A0[e];
+                  const A pre = pixel ? pre_activation(m, M[e], slope, x[e]) : multiply_add(slope, x[e], B0[e]);
+                  out[e] = multiply_add(slope, where_active(pre, widen(grad[first + e])), out[e]);
+                }
+              }
               VCR_UNROLL
-              for (int e = 0; e < V; ++e)
-                if (e >= span.lo && e < span.hi)
-                  out[e] = multiply_add(A0[e], where_active(multiply_add(A0[e], mu[e], B0[e]), widen(d.x[e])), out[e]);
+              for (int e = 0; e < W; ++e) to.set(first + e, narrow<T>(out[e]));
             }
-          }
-          T to[V] = {};
-          VCR_UNROLL
-          for (int e = 0; e < V; ++e)
-            if (e >= span.lo && e < span.hi) to[e] = narrow<T>(out[e]);
-          write(dy.run(r) + k, span, to);
-        });
+            write_features(dy.run(r) + k, span, to);
+          });
+    });
   }
 };
 

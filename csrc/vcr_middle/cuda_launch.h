@@ -1,6 +1,8 @@
 // The middle's kernels in order, for anything that can launch them: a Runner has `device`, launch<Kernel>(args, cluster) and
 // zero(pointer, bytes).
 #pragma once
+#include <initializer_list>
+
 #include "../cuda/launch.h"
 #include "cuda_evaluate.cuh"
 #include "cuda_input_grad.cuh"
@@ -78,9 +80,9 @@ struct MiddleForwardLaunch {
   Status run(Runner& runner, void* memory) const {
     const Device& device = runner.device;
     if (pr.N == 0) {
-      for (A* to : {f.norm_mean, f.norm_var})
+      for (A* to : std::initializer_list<A*>{f.norm_mean, f.norm_var})
         if (o.norm == Norm::batch) runner.zero(to, pr.channels() * sizeof(A));
-      for (A* to : {f.state_mean, f.state_var})
+      for (A* to : std::initializer_list<A*>{f.state_mean, f.state_var})
         if (o.state_batch) runner.zero(to, pr.pt * sizeof(A));
       return runner.status;
     }
@@ -220,9 +222,9 @@ struct MiddleBackwardLaunch {
     const int64_t weights = pr.channels() * pr.pt, channels = pr.channels();
     const int64_t edge = partial_row(pr, o.edges).edges;
     const MiddleGrads<A>& g = f.grads;
-    for (A* to : {g.value, g.query, g.key, g.scale_weight, g.shift_weight}) runner.zero(to, weights * sizeof(A));
-    for (A* to : {g.logit, g.scale_bias, g.shift_bias, g.norm_weight, g.norm_bias}) runner.zero(to, channels * sizeof(A));
-    for (A* to : {g.state_weight, g.state_bias}) runner.zero(to, pr.pt * sizeof(A));
+    for (A* to : std::initializer_list<A*>{g.value, g.query, g.key, g.scale_weight, g.shift_weight}) runner.zero(to, weights * sizeof(A));
+    for (A* to : std::initializer_list<A*>{g.logit, g.scale_bias, g.shift_bias, g.norm_weight, g.norm_bias}) runner.zero(to, channels * sizeof(A));
+    for (A* to : std::initializer_list<A*>{g.state_weight, g.state_bias}) runner.zero(to, pr.pt * sizeof(A));
     runner.zero(g.edge, edge * sizeof(A));
   }
 };

@@ -41,9 +41,13 @@ compile() {
     ! stale "$object" "$source" || printf '%s -c %s -o %s.new && mv %s.new %s\n' "$compiler ${common[*]} $*" "$source" "$object" "$object" "$object" >>"$list"
   }
   for type in float double bf16 f16; do job "$folder/$type.o" "$here/host_kernels.cpp" "$@" "-DVCR_DTYPE=$type"; done
-  for source in simt layer_test launch_test; do job "$folder/$source.o" "$here/$source.cpp" "$@"; done
-  local plain=()
-  for option in "$@"; do case $option in -O*) ;; *) plain+=("$option") ;; esac done
+  for source in layer_test launch_test; do job "$folder/$source.o" "$here/$source.cpp" "$@"; done
+  local plain=() layer=()
+  for option in "$@"; do
+    case $option in -O*) ;; *) plain+=("$option") ;; esac
+    case $option in -fsanitize=thread) layer+=(-DSIMT_TSAN) ;; *) layer+=("$option") ;; esac
+  done
+  job "$folder/simt.o" "$here/simt.cpp" "${layer[@]}"
   job "$folder/driver.o" "$here/driver.cpp" -O1 "${plain[@]}"
   for source in reference cases; do job "$folder/$source.o" "tests/kernels/cpu/$source.cpp" -O2; done
   xargs -P "$jobs" -d '\n' -I{} nice -n 10 bash -c '{}' <"$list" || die "compiling $name failed"

@@ -1,27 +1,32 @@
+// Under ThreadSanitizer this file is compiled without instrumentation, and with SIMT_TSAN: the scheduler's own state is none of the kernel's
+// business, and what a barrier orders is told by hand.
 #include "simt.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
-extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
-extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
-extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
-// noinline, for gcc inlines such a function into an instrumented one and instruments it there
-#define SIMT_UNSEEN __attribute__((no_sanitize("thread"), noinline))
-#else
-#define SIMT_UNSEEN
+#if defined(SIMT_TSAN)
+extern "C" {
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+constexpr unsigned without_order = 1;  // of switches between fibers
 #endif
 
 #if !defined(__x86_64__)
@@ -35,14 +40,14 @@ namespace {
 constexpr size_t stack_bytes = 128 << 10;
 constexpr size_t guard_bytes = 256;
 
-#if defined(__SANITIZE_THREAD__)
-// The scheduler's own state is none of the kernel's business.
+#if defined(SIMT_TSAN)
+// memcpy is seen even so.
 struct Unseen {
-  SIMT_UNSEEN Unseen() {
+  Unseen() {
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
   }
-  SIMT_UNSEEN ~Unseen() {
+  ~Unseen() {
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
@@ -57,6 +62,41 @@ struct Unseen {
 void released(void*) {}
 void acquired(void*) {}
 #endif
+
+struct Fiber;
+struct Barrier {
+  int expected = 0, arrived = 0;
+  const char* file = nullptr;
+  int line = 0;
+  std::vector<Fiber*> waiting;
+  void expect(int count) {
+    expected = count;
+    waiting.reserve(size_t(count));  // fibers allocate nothing
+  }
+};
+// What a warp's lanes hand each other; two, for a lane may reach the next exchange while another still reads the last.
+struct Exchange {
+  unsigned char bytes[warp_size][32];
+};
+struct Block {
+  int64_t index = 0;
+  int rank = 0;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};  // guard, shared memory, guard
+  std::vector<Barrier> warps;
+  std::vector<Exchange> exchanges;  // [warps, 2]
+  Barrier barrier;
+  unsigned char* shared() const { return memory.get() + guard_bytes; }
+};
+struct Fiber {
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+  Block* block = nullptr;
+  int index = 0;
+  unsigned turn = 0;  // of the warp's exchanges
+  bool done = true;
+  void *fake_stack = nullptr, *sanitizer = nullptr;
+  Barrier& warp() const { return block->warps[size_t(index / warp_size)]; }
+};
 
 struct Scheduler {
   const std::function<void()>* body = nullptr;
@@ -125,42 +165,39 @@ void prepare(Fiber* f, void (*entry)()) {
 }
 #endif
 
-SIMT_UNSEEN void leave(bool for_good) {
+void leave(bool for_good) {
   Fiber* f = self.running;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &f->fake_stack, self.stack_bottom, self.stack_size);
 #else
   static_cast<void>(for_good);
 #endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(self.sanitizer, __tsan_switch_to_fiber_no_sync);
+#if defined(SIMT_TSAN)
+  __tsan_switch_to_fiber(self.sanitizer, without_order);
 #endif
   simt_switch(&f->stack_pointer, self.stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(f->fake_stack, &self.stack_bottom, &self.stack_size);
 #endif
 }
-SIMT_UNSEEN void entry() {
+void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &self.stack_bottom, &self.stack_size);
 #endif
   acquired(&self.started);
   (*self.body)();
   released(&self.ended);
-  {
-    Unseen unseen;
-    self.running->done = true;
-  }
+  self.running->done = true;
   leave(true);
   std::abort();
 }
-SIMT_UNSEEN void resume(Fiber* f) {
+void resume(Fiber* f) {
   self.running = f;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&self.fake_stack, f->stack, stack_bytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(f->sanitizer, __tsan_switch_to_fiber_no_sync);
+#if defined(SIMT_TSAN)
+  __tsan_switch_to_fiber(f->sanitizer, without_order);
 #endif
   simt_switch(&self.stack_pointer, f->stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
@@ -197,9 +234,9 @@ std::unique_ptr<Block> make_block(int64_t index, int rank) {
   ASAN_POISON_MEMORY_REGION(block->memory.get() + guard_bytes + self.shared, guard_bytes);
 #endif
   const int warps = self.threads / warp_size;
-  block->barrier.expected = self.threads;
+  block->barrier.expect(self.threads);
   block->warps.resize(size_t(warps));
-  for (Barrier& b : block->warps) b.expected = warp_size;
+  for (Barrier& b : block->warps) b.expect(warp_size);
   block->exchanges.resize(size_t(2 * warps));
   return block;
 }
@@ -215,8 +252,9 @@ void check_guards(const Block& block) {
 void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937_64& random, std::vector<std::unique_ptr<Block>>& kept) {
   self.cluster.clear();
   self.cluster_barrier = {};
-  self.cluster_barrier.expected = self.threads * size;
+  self.cluster_barrier.expect(self.threads * size);
   self.ready.clear();
+  self.ready.reserve(size_t(self.threads * size));
   for (int rank = 0; rank < size; ++rank) {
     kept.push_back(make_block(first + rank, rank));
     self.cluster.push_back(kept.back().get());
@@ -229,6 +267,7 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
   }
   released(&self.started);
   std::vector<Fiber*> batch;
+  batch.reserve(self.ready.capacity());
   for (int alive = self.threads * size; alive > 0;) {
     if (self.ready.empty()) {
       const Block& block = *self.cluster[0];
@@ -245,7 +284,7 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
       if (!f->done) continue;
       --alive;
       left(f->block->barrier);
-      left(f->block->warps[size_t(f->index / warp_size)]);
+      left(f->warp());
       left(self.cluster_barrier);
     }
     batch.clear();
@@ -255,8 +294,6 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
 }
 
 }  // namespace
-
-unsigned char* Block::shared() const { return memory.get() + guard_bytes; }
 
 void fail(const std::string& why) {
   std::fprintf(stderr, "simt: %s\n", why.c_str());
@@ -269,13 +306,13 @@ void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Sett
     fail("a launch of " + std::to_string(blocks) + " blocks in clusters of " + std::to_string(cluster) + ", " + std::to_string(threads) +
          " threads, " + std::to_string(shared) + " bytes");
   self.body = &body, self.threads = threads, self.blocks = blocks, self.shared = shared;
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   self.sanitizer = __tsan_get_current_fiber();
 #endif
   while (self.fibers.size() < size_t(threads) * size_t(cluster)) {
     std::unique_ptr<Fiber> f(new Fiber);
     f->stack = static_cast<unsigned char*>(std::aligned_alloc(64, stack_bytes));
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
     f->sanitizer = __tsan_create_fiber(0);
 #endif
     self.fibers.push_back(std::move(f));
@@ -289,61 +326,65 @@ void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Sett
   std::vector<std::unique_ptr<Block>> kept;
   for (int64_t i : order) {
     run_cluster(i * cluster, cluster, settings, random, kept);
-#if !defined(__SANITIZE_THREAD__)
+#if !defined(SIMT_TSAN)
     kept.clear();
 #endif
   }
   acquired(&self.ended);
 }
 
-SIMT_UNSEEN Fiber* current() { return self.running; }
-SIMT_UNSEEN int threads_of_block() { return self.threads; }
-SIMT_UNSEEN int64_t blocks_of_grid() { return self.blocks; }
-SIMT_UNSEEN int blocks_of_cluster() { return int(self.cluster.size()); }
-SIMT_UNSEEN Barrier& cluster_barrier() { return self.cluster_barrier; }
+int thread_index() { return self.running->index; }
+int threads_of_block() { return self.threads; }
+int64_t block_index() { return self.running->block->index; }
+int64_t blocks_of_grid() { return self.blocks; }
+int rank_in_cluster() { return self.running->block->rank; }
+int blocks_of_cluster() { return int(self.cluster.size()); }
+unsigned char* shared_memory() { return self.running->block->shared(); }
 
 namespace {
-SIMT_UNSEEN void arrive(Barrier& b, const char* file, int line) {
+void arrive(Barrier& b, const char* file, int line) {
+  if (b.arrived == 0) {
+    b.file = file, b.line = line;
+  } else if (b.line != line || std::strcmp(b.file, file) != 0) {
+    fail("threads meet at different barriers, " + place(b) + " and " + file + ":" + std::to_string(line) + " (thread " +
+         std::to_string(self.running->index) + ")");
+  }
   {
     Unseen unseen;
-    if (b.arrived == 0) {
-      b.file = file, b.line = line;
-    } else if (b.line != line || std::strcmp(b.file, file) != 0) {
-      fail("threads meet at different barriers, " + place(b) + " and " + file + ":" + std::to_string(line) + " (thread " +
-           std::to_string(self.running->index) + ")");
-    }
     b.waiting.push_back(self.running);
     if (++b.arrived >= b.expected) open(b);
   }
   leave(false);
 }
-}  // namespace
-SIMT_UNSEEN void wait(Barrier& b, const char* file, int line) {
+void wait(Barrier& b, const char* file, int line) {
   released(&b);
   arrive(b, file, line);
   acquired(&b);
 }
+}  // namespace
+void wait_for_block(const char* file, int line) { wait(self.running->block->barrier, file, line); }
+void wait_for_warp(const char* file, int line) { wait(self.running->warp(), file, line); }
+void wait_for_cluster(const char* file, int line) { wait(self.cluster_barrier, file, line); }
 
-SIMT_UNSEEN unsigned char* peer_of(const void* shared, int rank) {
-  Unseen unseen;
+unsigned char* peer_of(const void* shared, int rank) {
   const unsigned char *mine = self.running->block->shared(), *at = static_cast<const unsigned char*>(shared);
   if (at < mine || at > mine + self.shared || rank < 0 || rank >= int(self.cluster.size())) fail("a peer's memory that is not shared memory");
   return self.cluster[size_t(rank)]->shared() + (at - mine);
 }
 
-SIMT_UNSEEN void put(const void* value, size_t bytes) {
+void put(const void* value, size_t bytes) {
   Unseen unseen;
   if (bytes > sizeof(Exchange::bytes[0])) fail("a lane's value is too large");
   const Fiber* f = self.running;
   std::memcpy(f->block->exchanges[size_t(f->index / warp_size * 2) + (f->turn & 1)].bytes[f->index % warp_size], value, bytes);
 }
-SIMT_UNSEEN unsigned end_of_turn(const char* file, int line) {
+unsigned end_of_turn(const char* file, int line) {
   Fiber* f = self.running;
   const unsigned turn = f->turn++;
-  arrive(f->block->warps[size_t(f->index / warp_size)], file, line);
+  arrive(f->warp(), file, line);
   return turn;
 }
-SIMT_UNSEEN void get(void* value, size_t bytes, int lane, unsigned turn) {
+void get(void* value, size_t bytes, int lane, unsigned turn) {
   Unseen unseen;
   const Fiber* f = self.running;
   std::memcpy(value, f->block->exchanges[size_t(f->index / warp_size * 2) + (turn & 1)].bytes[lane], bytes);

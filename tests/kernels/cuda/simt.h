@@ -5,11 +5,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
-#include <memory>
 #include <string>
-#include <vector>
 
 namespace simt {
 
@@ -23,49 +20,25 @@ struct Settings {
 // What the layer ends the process with when a kernel is wrong in a way that only it can see.
 constexpr int exit_status = 3;
 
-struct Barrier {
-  int expected = 0, arrived = 0;
-  const char* file = nullptr;
-  int line = 0;
-  std::vector<struct Fiber*> waiting;
-};
-// What a warp's lanes hand each other; two, for a lane may reach the next exchange while another still reads the last.
-struct Exchange {
-  unsigned char bytes[warp_size][32];
-};
-struct Block {
-  int64_t index = 0;
-  int rank = 0;
-  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};  // guard, shared memory, guard
-  std::vector<Barrier> warps;
-  std::vector<Exchange> exchanges;  // [warps, 2]
-  Barrier barrier;
-  unsigned char* shared() const;
-};
-struct Fiber {
-  void* stack_pointer = nullptr;
-  unsigned char* stack = nullptr;
-  Block* block = nullptr;
-  int index = 0;
-  unsigned turn = 0;  // of the warp's exchanges
-  bool done = true;
-  void *fake_stack = nullptr, *sanitizer = nullptr;
-};
-
 // `blocks` blocks of `threads` threads with `shared` bytes each, `cluster` adjacent blocks at once. body runs in every thread.
 void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body);
 
-// For the Thread below.
-Fiber* current();
-void wait(Barrier& barrier, const char* file, int line);
-Barrier& cluster_barrier();
+// For the Thread below; of the thread that calls.
+int thread_index();
 int threads_of_block();
+int64_t block_index();
 int64_t blocks_of_grid();
+int rank_in_cluster();
 int blocks_of_cluster();
+unsigned char* shared_memory();
 unsigned char* peer_of(const void* shared, int rank);
+void wait_for_block(const char* file, int line);
+void wait_for_warp(const char* file, int line);
+void wait_for_cluster(const char* file, int line);
+// A warp's exchange: every lane puts its value, then may get any lane's.
 void put(const void* value, size_t bytes);
-void get(void* value, size_t bytes, int lane, unsigned turn);
 unsigned end_of_turn(const char* file, int line);
+void get(void* value, size_t bytes, int lane, unsigned turn);
 
 [[noreturn]] void fail(const std::string& why);
 
@@ -73,17 +46,17 @@ unsigned end_of_turn(const char* file, int line);
 enum class Fault { none, sync, cluster_sync };
 template <Fault fault = Fault::none>
 struct HostThread {
-  int index() const { return current()->index; }
+  int index() const { return thread_index(); }
   int count() const { return threads_of_block(); }
-  int lane() const { return current()->index % warp_size; }
-  int64_t block() const { return current()->block->index; }
+  int lane() const { return thread_index() % warp_size; }
+  int64_t block() const { return block_index(); }
   int64_t blocks() const { return blocks_of_grid(); }
-  char* shared() const { return reinterpret_cast<char*>(current()->block->shared()); }
+  char* shared() const { return reinterpret_cast<char*>(shared_memory()); }
   void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    if (fault != Fault::sync) wait(current()->block->barrier, file, line);
+    if (fault != Fault::sync) wait_for_block(file, line);
   }
   void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    wait(current()->block->warps[size_t(index() / warp_size)], file, line);
+    wait_for_warp(file, line);
   }
   // op over the warp's lanes in a tree; op must be commutative, so that all lanes get the same bits. As on a GPU, this and what follows
   // don't order memory.
@@ -115,10 +88,10 @@ struct HostThread {
     }
     return bits;
   }
-  int cluster_rank() const { return current()->block->rank; }
+  int cluster_rank() const { return rank_in_cluster(); }
   int cluster_size() const { return blocks_of_cluster(); }
   void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    if (fault != Fault::cluster_sync) wait(cluster_barrier(), file, line);
+    if (fault != Fault::cluster_sync) wait_for_cluster(file, line);
   }
   // The same place in the shared memory of the cluster's block `rank`.
   template <class X>
