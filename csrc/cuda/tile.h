@@ -144,7 +144,7 @@ VCR_DEVICE void for_spans(Thread& t, const Part<T>& part, Load load, Use use) {
   constexpr int V = span_size<T>;
   const int length = part.length(), per_run = (length + 2 * V - 2) / V, total = part.runs() * per_run;
   for (int first = t.index(); first < total; first += ahead * t.count()) {
-    decltype(load(0, 0, Span<V>{})) loaded[ahead];
+    decltype(load(0, 0, Span<V>{})) loaded[ahead] = {};
     VCR_UNROLL
     for (int u = 0; u < ahead; ++u) {
       const int q = first + u * t.count(), r = q / per_run;

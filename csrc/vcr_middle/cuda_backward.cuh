@@ -307,6 +307,29 @@ VCR_DEVICE void reasoner_backward(Thread& t, Edges kind, int64_t C, int64_t pt, 
   }
 }
 
+// Concept c's part of the edges' gradient, summed over images [n0, n1): a column of dL/dWe from the images' shares [N, C, pt], or a row of the
+// learned matrix's.
+template <class A, class Thread>
+VCR_DEVICE void edge_gradient(Thread& t, Edges kind, int64_t n0, int64_t n1, int64_t C, int64_t pt, int64_t c, const A* dg, const A* h,
+                              const A* shares, A* dedge) {
+  if (kind == Edges::dynamic_edges)
+    for_threads(t, pt, [&](int k) {
+      A sum = 0;
+      for (int64_t n = n0; n < n1; ++n) sum += shares[(n * C + c) * pt + k];
+      dedge[k * C + c] = sum;
+    });
+  if (kind == Edges::static_edges)
+    for_threads(t, C, [&](int d) {
+      double sum = 0;
+      for (int64_t n = n0; n < n1; ++n) {
+        A x = 0;
+        for (int64_t k = 0; k < pt; ++k) x = multiply_add(dg[(n * C + c) * pt + k], h[(n * C + d) * pt + k], x);
+        sum += double(x);
+      }
+      dedge[c * C + d] = A(sum);
+    });
+}
+
 // What small_gradients finds of every image, besides the sums.
 template <class A>
 struct ImageGradients {
@@ -467,22 +490,7 @@ struct SmallGradients {
       to[row.weight(3) + back] = scale, to[row.weight(4) + back] = shift;
     });
     for_threads(t, p, [&](int j) { channel_sums(a, to, row, n0, n1, c * p + j); });
-    if (a.edges == Edges::dynamic_edges)
-      for_threads(t, pt, [&](int k) {
-        A sum = 0;
-        for (int64_t n = n0; n < n1; ++n) sum += sampler.to.dedge[(n * pr.C + c) * pt + k];
-        to[row.edge() + k * pr.C + c] = sum;
-      });
-    if (a.edges == Edges::static_edges)
-      for_threads(t, pr.C, [&](int d) {
-        double sum = 0;
-        for (int64_t n = n0; n < n1; ++n) {
-          A x = 0;
-          for (int64_t k = 0; k < pt; ++k) x = multiply_add(a.dg[(n * pr.C + c) * pt + k], a.h[(n * pr.C + d) * pt + k], x);
-          sum += double(x);
-        }
-        to[row.edge() + c * pr.C + d] = A(sum);
-      });
+    edge_gradient(t, a.edges, n0, n1, pr.C, pt, c, a.dg, a.h, sampler.to.dedge, to + row.edge());
   }
   VCR_DEVICE static void channel_sums(const Args& a, A* to, const PartialRow& row, int64_t n0, int64_t n1, int64_t j) {
     const SamplerBackward<A>& sampler = a.sampler;

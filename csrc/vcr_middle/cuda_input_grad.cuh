@@ -89,7 +89,7 @@ struct MiddleInputGrad {
       Tile<T> ds{nullptr, 0, 0};
       Part<const T> d{nullptr, 0, 0, 0, view.last};
       if constexpr (modulated) d = part_of(view.grad_out, view.last, n, first, rows, begin, count);
-      stage(t, y, ys);
+      if (modulated || g.sampler != Sampler::pool) stage(t, y, ys);  // else the features don't matter
       if (view.pixel) {
         ds = tile_of(s.d.get(), d, g.block);
         stage(t, d, ds);
@@ -192,7 +192,7 @@ struct MiddleInputGrad {
                 VCR_UNROLL
                 for (int e = 0; e < W; ++e) {
                   x[e] = widen(features[first + e]) - mu[e];
-                  out[e] = multiply_add(c1[e], x[e], constant[e]);
+                  out[e] = g.batch ? multiply_add(c1[e], x[e], constant[e]) : constant[e];
                 }
               }
               if (g.sampler != Sampler::pool) {

@@ -168,6 +168,9 @@ int main(int count, char** arguments) {
   if (every < 1 || count % 2 == 0) return 2;
   Report report;
   check_op<Middle>(middle_cases(), every, report);
+  check_op<Sample>(sample_cases(), every, report);
+  check_op<Reason>(reason_cases(), every, report);
+  check_op<Modulate>(modulate_cases(), every, report);
   check_empty<float>(report);
   check_empty<f16>(report);
   return report.failures == 0 ? 0 : 1;

@@ -1,6 +1,9 @@
 #include "host_kernels.h"
 
 #include "float16.h"
+#include "concept_modulate/cuda_launch.h"
+#include "concept_reason/cuda_launch.h"
+#include "concept_sample/cuda_launch.h"
 #include "vcr_middle/cuda_launch.h"
 
 namespace vcr_test {
@@ -41,6 +44,14 @@ const Kernels<T>& host_kernels() {
     Kernels<T> k{};
     k.middle_forward = run<cuda::MiddleForwardLaunch<T>, MiddleForward<T>>;
     k.middle_backward = run<cuda::MiddleBackwardLaunch<T>, MiddleBackward<T>>;
+    k.sample_forward = run<cuda::SampleForwardLaunch<T>, SampleForward<T>>;
+    k.sample_backward = run<cuda::SampleBackwardLaunch<T>, SampleBackward<T>>;
+    k.modulate_forward = run<cuda::ModulateForwardLaunch<T>, ModulateForward<T>>;
+    k.modulate_backward = run<cuda::ModulateBackwardLaunch<T>, ModulateBackward<T>>;
+    if constexpr (sizeof(T) >= 4) {  // states are in accumulation type
+      k.reason_forward = run<cuda::ReasonForwardLaunch<T>, ReasonForward<T>>;
+      k.reason_backward = run<cuda::ReasonBackwardLaunch<T>, ReasonBackward<T>>;
+    }
     return k;
   }();
   return kernels;
