@@ -10,7 +10,7 @@ namespace vcr::cuda {
 template <class T>
 struct ChannelStats {
   using A = acc_t<T>;
-  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 4 : 2;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 3 : 2;
   struct Args {
     Problem problem;
     Map<const T> y;

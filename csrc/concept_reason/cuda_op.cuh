@@ -76,7 +76,7 @@ struct StateReluBackward {
 // dL/dh of one concept in every image, and its part of the edges' gradient. A warp takes an image; sums over images go in order. Grid: concepts.
 template <class A>
 struct ReasonGradients {
-  static constexpr int threads = 256, resident = 2;
+  static constexpr int threads = 256, resident = 1;
   struct Args {
     int64_t N, C, pt;
     Edges edges;

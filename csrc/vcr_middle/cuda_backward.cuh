@@ -45,7 +45,7 @@ VCR_DEVICE A where_active(A pre, A grad) {
 template <class T>
 struct ModulateBackwardSums {
   using A = acc_t<T>;
-  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 4 : 2;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 3 : 2;
   struct Args {
     BackwardView<T> view;
     int concepts, block;
@@ -443,7 +443,7 @@ VCR_BOTH PartialRow partial_row(const Problem& pr, Edges edges) {
 // products over the images in order. Grid: groups of images, concepts.
 template <class A>
 struct SmallGradients {
-  static constexpr int threads = 128, resident = 4;
+  static constexpr int threads = 128, resident = 3;
   struct Args {
     SamplerBackward<A> sampler;
     Edges edges;

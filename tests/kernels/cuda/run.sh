@@ -92,7 +92,7 @@ mode_asan() {
 }
 mode_tsan() {
   export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
-  build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every 11
+  build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every 5 --small 1200
   for fault in sync cluster_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
 }
 
