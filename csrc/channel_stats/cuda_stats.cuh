@@ -33,16 +33,15 @@ struct ChannelStats {
       pivot = carve.take<A>(rows);
     }
   };
-  VCR_BOTH static int64_t units(const Args& a) {
-    return quotient_up(a.problem.N, a.per_group) * quotient_up(a.problem.C, a.concepts);
-  }
+  VCR_BOTH static int64_t units(const Args& a) { return quotient_up(a.problem.N, a.per_group) * quotient_up(a.problem.C, a.concepts); }
 
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t unit) {
     const Problem& pr = a.problem;
     SharedCarver carve{t.shared()};
     const Shared s(carve, a);
-    const int64_t CP = pr.C * pr.p, blocks = quotient_up(pr.C, a.concepts), group = unit / blocks, first = unit % blocks * a.concepts * pr.p;
+    const int64_t CP = pr.C * pr.p, blocks = quotient_up(pr.C, a.concepts), group = unit / blocks,
+                  first = unit % blocks * a.concepts * pr.p;
     const int rows = int(least(a.concepts * pr.p, CP - first));
     const int64_t n0 = group * a.per_group, n1 = least(pr.N, n0 + a.per_group);
     for (int64_t n = n0; n < n1; ++n) {

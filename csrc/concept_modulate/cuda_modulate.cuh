@@ -177,7 +177,7 @@ VCR_DEVICE void modulate_pixels(Thread& t, const ModulatorShared<acc_t<T>>& m, i
 template <class T>
 struct ConceptModulate {
   using A = acc_t<T>;
-  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 3 : 1;
+  static constexpr int threads = 256, resident = sizeof(A) == 8 ? 1 : sizeof(T) == 2 ? 2 : 3;
   struct Args {
     Problem problem;
     Map<const T> y;
@@ -190,9 +190,9 @@ struct ConceptModulate {
     StateNormArgs<A> state_norm;
     const A *edge, *state_weight, *state_bias;
     ModulatorWeights<A> weights;
-    const A *u, *h, *g;               // [N, C p]; [N, C, pt]
-    const Softmax<A>* softmax;        // [N, C]
-    A *state, *abar, *bbar;           // kept for the backward pass, or null
+    const A *u, *h, *g;         // [N, C p]; [N, C, pt]
+    const Softmax<A>* softmax;  // [N, C]
+    A *state, *abar, *bbar;     // kept for the backward pass, or null
   };
   struct Shared {
     SharedArray<T> tile;
@@ -248,7 +248,8 @@ struct ConceptModulate {
 
   // From G, or h, to the coefficients.
   template <class Thread>
-  VCR_DEVICE static void prologue(Thread& t, const Args& a, const Shared& s, int64_t n, int64_t c0, int concepts, bool first_block, bool keep) {
+  VCR_DEVICE static void prologue(Thread& t, const Args& a, const Shared& s, int64_t n, int64_t c0, int concepts, bool first_block,
+                                  bool keep) {
     const Problem& pr = a.problem;
     const int64_t CP = pr.C * pr.p, states = (n * pr.C + c0) * pr.pt;
     find_state_norm(t, a.state_norm, pr.N, pr.C, pr.pt, first_block, s.mean, s.rstd);

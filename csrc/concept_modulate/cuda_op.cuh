@@ -43,7 +43,8 @@ VCR_DEVICE void given_coefficients(Thread& t, const GivenModulation<T>& a, int64
     const A abar = project_state(state, offset(a.weights.scale_weight, weight), p, pr.pt, i % p);
     const A bbar = project_state(state, offset(a.weights.shift_weight, weight), p, pr.pt, i % p);
     const bool pixel = a.attention != nullptr;
-    m.keep(i, true, A(0), modulator_coefficients(pixel, Normalised<A>{0, 1, 0, 0}, abar, bbar, a.weights.scale_bias[j], a.weights.shift_bias[j]));
+    m.keep(i, true, A(0),
+           modulator_coefficients(pixel, Normalised<A>{0, 1, 0, 0}, abar, bbar, a.weights.scale_bias[j], a.weights.shift_bias[j]));
   });
   if (a.attention != nullptr)
     for_warps(t, concepts, [&](int c) {
@@ -151,7 +152,8 @@ struct ModulateAloneBackward {
     given_coefficients(t, a, n, c0, concepts, s.m, s.top.get());
     for (int64_t begin = 0; begin < pr.S; begin += a.block) {
       const int count = int(least(a.block, pr.S - begin));
-      const Part<const T> z = part_of(a.z, a.last, n, first, rows, begin, count), d = part_of(args.grad_out, a.last, n, first, rows, begin, count);
+      const Part<const T> z = part_of(a.z, a.last, n, first, rows, begin, count),
+                          d = part_of(args.grad_out, a.last, n, first, rows, begin, count);
       const Tile<T> zs = tile_of(s.z.get(), z, a.block), ds = tile_of(s.d.get(), d, a.block);
       stage(t, z, zs);
       stage(t, d, ds);
@@ -173,8 +175,8 @@ struct ModulateAloneBackward {
     if (pixel) for_warps(t, concepts, [&](int c) { attention_gradient(t, a, args.dattention, s.top[c], n * pr.C + c0 + c); });
   }
   // dL/dM~ of one position.
-  VCR_DEVICE static void through(const Args& args, const Shared& s, const Tile<T>& z, const Tile<T>& d, int64_t n, int64_t c0, int64_t begin, int c,
-                                 int i) {
+  VCR_DEVICE static void through(const Args& args, const Shared& s, const Tile<T>& z, const Tile<T>& d, int64_t n, int64_t c0,
+                                 int64_t begin, int c, int i) {
     const GivenModulation<T>& a = args.given;
     const int p = int(a.problem.p);
     const A M = s.M[c * a.block + i];
@@ -190,7 +192,8 @@ struct ModulateAloneBackward {
     return where_active(a.attention != nullptr ? pre_activation(m, M, slope_at(m, M), x) : multiply_add(m.A0, x, m.B0), grad);
   }
   template <class Thread>
-  VCR_DEVICE static void add_row(Thread& t, const GivenModulation<T>& a, const Shared& s, const Tile<T>& z, const Tile<T>& d, int j, int count) {
+  VCR_DEVICE static void add_row(Thread& t, const GivenModulation<T>& a, const Shared& s, const Tile<T>& z, const Tile<T>& d, int j,
+                                 int count) {
     const Coefficients<A> m = s.m.at(j);
     const A* M = s.M + j / int(a.problem.p) * a.block;
     A e0 = 0, e1 = 0, f0 = 0, f1 = 0;
@@ -205,7 +208,8 @@ struct ModulateAloneBackward {
     if (t.lane() == 0) s.E0[j] += double(e0), s.E1[j] += double(e1), s.F0[j] += double(f0), s.F1[j] += double(f1);
   }
   template <class Thread>
-  VCR_DEVICE static void store(Thread& t, const GivenModulation<T>& a, const Shared& s, const Tile<T>& z, const Tile<T>& d, const Part<T>& dz) {
+  VCR_DEVICE static void store(Thread& t, const GivenModulation<T>& a, const Shared& s, const Tile<T>& z, const Tile<T>& d,
+                               const Part<T>& dz) {
     constexpr int V = span_size<T>;
     const int p = int(a.problem.p);
     const bool last = a.last, pixel = a.attention != nullptr;

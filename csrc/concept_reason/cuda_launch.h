@@ -20,8 +20,8 @@ struct ReasonForwardLaunch {
     }
     Carver carve{static_cast<char*>(memory)};
     double* parts = workspace(carve);
-    const typename ConceptReason<A>::Args reason{f.N,    f.C, f.pt,  f.edges, f.h, f.edge, f.g, f.edges == Edges::dynamic_edges ? f.a : nullptr,
-                                                 f.batch ? parts : nullptr};
+    const typename ConceptReason<A>::Args reason{
+        f.N, f.C, f.pt, f.edges, f.h, f.edge, f.g, f.edges == Edges::dynamic_edges ? f.a : nullptr, f.batch ? parts : nullptr};
     const StateNormArgs<A> norm{f.batch, f.eps, parts, f.mean, f.var, f.mean, f.var, f.norm};
     const typename NormaliseStates<A>::Args normalise{f.N, f.C, f.pt, norm, f.g, f.weight, f.bias, f.state};
     if (shared_bytes<NormaliseStates<A>>(normalise) > runner.device.shared) return {0, true};
@@ -56,7 +56,8 @@ struct ReasonBackwardLaunch {
     }
     Carver carve{static_cast<char*>(memory)};
     const Workspace at = workspace(carve);
-    const typename StateNormBackward<A>::Args norm{f.N, f.C, f.pt, f.batch, at.masked, f.g, at.parts, f.weight, f.norm, at.dg, f.dweight, f.dbias};
+    const typename StateNormBackward<A>::Args norm{f.N,      f.C,      f.pt,   f.batch, at.masked, f.g,
+                                                   at.parts, f.weight, f.norm, at.dg,   f.dweight, f.dbias};
     if (shared_bytes<StateNormBackward<A>>(norm) > runner.device.shared) return {0, true};
     runner.template launch<StateReluBackward<A>>(
         typename StateReluBackward<A>::Args{f.N, f.C, f.pt, f.batch, f.dstate, f.g, f.weight, f.bias, f.norm, at.masked, at.parts});

@@ -10,7 +10,8 @@ constexpr int states_at_once = 4;
 
 // Rows [c0, c0 + count) of G of one image, a warp each. h [C, pt]; keep: dynamic edges [C, C] for the backward pass, or null; g [count, pt].
 template <class A, class Thread>
-VCR_DEVICE void exchange(Thread& t, Edges edges, int64_t C, int64_t pt, const A* h, const A* edge, int64_t c0, int64_t count, A* keep, A* g) {
+VCR_DEVICE void exchange(Thread& t, Edges edges, int64_t C, int64_t pt, const A* h, const A* edge, int64_t c0, int64_t count, A* keep,
+                         A* g) {
   for_warps(t, count, [&](int row) {
     const int64_t c = c0 + row;
     const A* mine = h + c * pt;
@@ -49,7 +50,8 @@ VCR_DEVICE StateNormValues given_state_norm(const A* mean, const A* var, double 
 }
 // By one warp, from every image's mean and centred sum of squares over its concepts: parts [N, 2, pt]. `squares`: of all states.
 template <class Thread>
-VCR_DEVICE StateNormValues batch_state_norm(Thread& t, const double* parts, int64_t N, int64_t C, int64_t pt, double eps, int64_t k, double& squares) {
+VCR_DEVICE StateNormValues batch_state_norm(Thread& t, const double* parts, int64_t N, int64_t C, int64_t pt, double eps, int64_t k,
+                                            double& squares) {
   const double mean = warp_sum<double>(t, N, [&](int n) { return parts[2 * n * pt + k]; }) / double(N);
   squares = warp_sum<double>(t, N, [&](int n) {
     const double apart = parts[2 * n * pt + k] - mean;
@@ -76,12 +78,13 @@ template <class A>
 struct StateNormArgs {
   bool batch;
   double eps;
-  const double* parts;          // [N, 2, pt], where `batch`
+  const double* parts;  // [N, 2, pt], where `batch`
   const A *given_mean, *given_var;
-  A *mean, *var, *keep;         // keep [2 pt]; null where nobody asks
+  A *mean, *var, *keep;  // keep [2 pt]; null where nobody asks
 };
 template <class A, class Thread>
-VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N, int64_t C, int64_t pt, bool first, double* mean, double* rstd) {
+VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N, int64_t C, int64_t pt, bool first, double* mean,
+                                double* rstd) {
   if (a.batch) {
     for_warps(t, pt, [&](int k) {
       double squares = 0;

@@ -66,8 +66,8 @@ struct SampleBackwardLaunch {
     const BlockShape shape = block_shape(device, pr, sizeof(T), last);
     const SampleState<A> state = sample_state(pr, f.saved, static_cast<A*>(nullptr), true);
     const NormSeen<A> norm{true, nullptr, nullptr, nullptr, state.m};
-    typename AttentionSums<T>::Args sums{pr,      f.z,           last,         shape.concepts, shape.block, state.m, state.u,
-                                         state.r, state.softmax, f.dattention, at.attended,    at.K1};
+    typename AttentionSums<T>::Args sums{pr,      f.z,     last,          shape.concepts, shape.block, state.m,
+                                         state.u, state.r, state.softmax, f.dattention,   at.attended, at.K1};
     typename MiddleInputGrad<T, false>::Args grad{};
     grad.view.problem = pr, grad.view.y = f.z, grad.view.last = last, grad.view.norm = norm, grad.view.softmax = state.softmax;
     grad.dy = f.dz, grad.concepts = shape.concepts, grad.block = shape.block, grad.chunk = chunk_of(device, pr, shape, 4);

@@ -14,10 +14,10 @@ struct AttentionSums {
     Map<const T> z;
     bool last;
     int concepts, block;
-    const A *m, *u, *r;          // [N, C p]
-    const Softmax<A>* softmax;   // [N, C]
-    const A* dattention;         // [N, C, S]
-    A *attended, *K1;            // [N, C]; [N, C p]
+    const A *m, *u, *r;         // [N, C p]
+    const Softmax<A>* softmax;  // [N, C]
+    const A* dattention;        // [N, C, S]
+    A *attended, *K1;           // [N, C]; [N, C p]
   };
   struct Shared {
     SharedArray<T> z;

@@ -125,8 +125,7 @@ struct SampleBlock {
     if (a.resident) stage(t, part(0, int(S)), tile_of(s.tile.get(), part(0, int(S)), room()));
     t.sync();
     if (norm.norm != Norm::batch) means(t);
-    if (a.to.m != nullptr)
-      for_threads(t, rows, [&](int j) { a.to.m[n * CP + first + j] = norm.norm == Norm::none ? s.mu[j] : s.mhat[j]; });
+    if (a.to.m != nullptr) for_threads(t, rows, [&](int j) { a.to.m[n * CP + first + j] = norm.norm == Norm::none ? s.mu[j] : s.mhat[j]; });
   }
   template <class Thread>
   VCR_DEVICE void means(Thread& t) const {

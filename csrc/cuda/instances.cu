@@ -30,14 +30,14 @@ Status run(const Args& args, void* workspace, void* stream) {
 
 }  // namespace
 
-#define VCR_LAUNCHER(name, Args, type)                                            \
-  template <>                                                                     \
-  int64_t name##_workspace<type>(const Args<type>& args) {                        \
-    return workspace_bytes<Args##Launch<type>>(args);                             \
-  }                                                                               \
-  template <>                                                                     \
-  Status name<type>(const Args<type>& args, void* workspace, void* stream) {      \
-    return run<Args##Launch<type>>(args, workspace, stream);                      \
+#define VCR_LAUNCHER(name, Args, type)                                       \
+  template <>                                                                \
+  int64_t name##_workspace<type>(const Args<type>& args) {                   \
+    return workspace_bytes<Args##Launch<type>>(args);                        \
+  }                                                                          \
+  template <>                                                                \
+  Status name<type>(const Args<type>& args, void* workspace, void* stream) { \
+    return run<Args##Launch<type>>(args, workspace, stream);                 \
   }
 
 VCR_LAUNCHER(middle_forward, MiddleForward, VCR_DTYPE)

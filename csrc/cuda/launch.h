@@ -1,4 +1,5 @@
-// How kernels are divided among blocks: plain arithmetic, no CUDA. What an image's evaluation computes never depends on the batch.
+// How kernels are divided among blocks: plain arithmetic, no CUDA. A kernel is a struct: threads of a block at most, `resident` blocks that a
+// multiprocessor should hold, Args, Shared (its arrays, cut by a SharedCarver), units(args), run(thread, args, unit). What an image's evaluation computes never depends on the batch.
 #pragma once
 #include "status.h"
 #include "thread.h"
@@ -9,10 +10,10 @@ namespace vcr::cuda {
 struct Device {
   int64_t shared = 99 << 10;  // bytes of shared memory that a block may have
   int multiprocessors = 1;
-  bool clusters = false;      // distributed shared memory
-  int threads = 1024;         // of a block, at most
-  int64_t tile = 16 << 10;    // bytes of a map that are staged at a time
-  int positions = 512;        // that are worked on at a time, at most
+  bool clusters = false;    // distributed shared memory
+  int threads = 1024;       // of a block, at most
+  int64_t tile = 16 << 10;  // bytes of a map that are staged at a time
+  int positions = 512;      // that are worked on at a time, at most
 };
 
 struct BlockShape {
@@ -74,7 +75,7 @@ bool fit(const Device& device, typename K::Args& args, int& concepts, int& block
 }
 
 struct Grid {
-  int64_t units;   // of work; a block takes every blocks-th
+  int64_t units;  // of work; a block takes every blocks-th
   int64_t blocks;
   int threads;
   int64_t shared;

@@ -12,8 +12,8 @@ template <class A>
 struct ModulatorSums_ {
   A *E0, *E1;  // [N, C p] sum e, sum e yhat
   A *F0, *F1;  // the same weighted by M~; for channel modulation the same arrays
-  A *K1;       // [N, C p] pixel: sum k yhat - K0 (mean of yhat over the maxima), k_i = M~_i sum_ch e_i (A1 yhat_i + B1)
-  A *K0;       // [N, C] pixel: sum k
+  A* K1;       // [N, C p] pixel: sum k yhat - K0 (mean of yhat over the maxima), k_i = M~_i sum_ch e_i (A1 yhat_i + B1)
+  A* K0;       // [N, C] pixel: sum k
 };
 
 // What the map-sized backward kernels know of the forward pass.
@@ -30,7 +30,8 @@ struct BackwardView {
 };
 // A channel's coefficients as the forward pass had them, and v.
 template <class T>
-VCR_DEVICE void modulator_of(const BackwardView<T>& a, int64_t n, int64_t first, int64_t i, const ModulatorShared<acc_t<T>>& m, acc_t<T>* v) {
+VCR_DEVICE void modulator_of(const BackwardView<T>& a, int64_t n, int64_t first, int64_t i, const ModulatorShared<acc_t<T>>& m,
+                             acc_t<T>* v) {
   using A = acc_t<T>;
   const int64_t CP = a.problem.C * a.problem.p, j = first + i, at = n * CP + j;
   const Normalised<A> z = a.norm.at(n, j, CP);
@@ -54,7 +55,7 @@ struct ModulateBackwardSums {
   struct Shared {
     SharedArray<T> y, d;
     ModulatorShared<A> m;
-    SharedArray<A> v, M, k, l;                           // [rows]; [concepts, block] each
+    SharedArray<A> v, M, k, l;                        // [rows]; [concepts, block] each
     SharedArray<double> E0, E1, F0, F1, K1, top, K0;  // [rows]; top: sum of yhat over the maxima; K0 [concepts]
     VCR_BOTH Shared(SharedCarver& carve, const Args& a)
         : y(carve.take<T>(tile_elements<T>(a.view.last, a.concepts * int(a.view.problem.p), a.block))),
@@ -154,8 +155,8 @@ struct ModulateBackwardSums {
     if (t.lane() == 0) s.K0[c] += double(k);
   }
   template <class Thread>
-  VCR_DEVICE static void add_pixel_row(Thread& t, const Args& a, const Shared& s, const Tile<T>& y, const Tile<T>& d, int64_t n, int64_t c0, int j,
-                                       int count) {
+  VCR_DEVICE static void add_pixel_row(Thread& t, const Args& a, const Shared& s, const Tile<T>& y, const Tile<T>& d, int64_t n, int64_t c0,
+                                       int j, int count) {
     const int c = j / int(a.view.problem.p);
     const Coefficients<A> m = s.m.at(j);
     const A mu = s.m.mu[j], maximum = a.view.softmax[n * a.view.problem.C + c0 + c].maximum;
@@ -185,10 +186,10 @@ struct StateGradients {
   struct Args {
     Problem problem;
     NormSeen<A> norm;
-    const A *F0, *F1, *state, *g;              // sums; [N, C, pt]
-    const A *scale_weight, *shift_weight;      // [C, pt, p] or null
-    A* dstate;                                 // [N, C, pt]
-    double* parts;                             // [N, 3, pt]: the mean of G, sums of dstate and of dstate (G - mean)
+    const A *F0, *F1, *state, *g;          // sums; [N, C, pt]
+    const A *scale_weight, *shift_weight;  // [C, pt, p] or null
+    A* dstate;                             // [N, C, pt]
+    double* parts;                         // [N, 3, pt]: the mean of G, sums of dstate and of dstate (G - mean)
   };
   struct Shared {
     VCR_BOTH Shared(SharedCarver&, const Args&) {}
@@ -234,8 +235,8 @@ struct StateNormBackward {
     int64_t N, C, pt;
     bool batch;
     const A *dstate, *g;
-    const double* parts;  // of StateGradients
-    const A *weight, *kept;  // kept [2 pt]: see StateNormArgs
+    const double* parts;      // of StateGradients
+    const A *weight, *kept;   // kept [2 pt]: see StateNormArgs
     A *dg, *dweight, *dbias;  // the last two may be null
   };
   struct Shared {
@@ -279,8 +280,8 @@ struct StateNormBackward {
 // dL/dh of concept c in one image, by a warp: dh [pt]. dg, h [C, pt], edges [C, C] are the image's; dynamic: the image's share of column c of
 // dL/dWe goes to dedge [pt] (times a stride).
 template <class A, class Thread>
-VCR_DEVICE void reasoner_backward(Thread& t, Edges kind, int64_t C, int64_t pt, int64_t c, const A* dg, const A* h, const A* edge, const A* edges,
-                                  A* dh, A* dedge) {
+VCR_DEVICE void reasoner_backward(Thread& t, Edges kind, int64_t C, int64_t pt, int64_t c, const A* dg, const A* h, const A* edge,
+                                  const A* edges, A* dh, A* dedge) {
   for (int64_t k = 0; k < pt; ++k) {
     A sum = 0, into = 0;
     if (kind != Edges::none)
@@ -333,10 +334,10 @@ VCR_DEVICE void edge_gradient(Thread& t, Edges kind, int64_t n0, int64_t n1, int
 // What small_gradients finds of every image, besides the sums.
 template <class A>
 struct ImageGradients {
-  A *dr, *constant;         // [N, C p]: s drbar; what every position of a channel gets: s dzbar / S, for `pool` dr / S
-  A *x, *dv, *dzbar;        // [N, C p]: drbar; the gradients of v = s u and of the mean of z
-  A *dh, *dq, *dedge;       // [N, C, pt]; dedge: an image's share of column c of dL/dWe
-  A* rdr;                   // [N, C] r . dr
+  A *dr, *constant;    // [N, C p]: s drbar; what every position of a channel gets: s dzbar / S, for `pool` dr / S
+  A *x, *dv, *dzbar;   // [N, C p]: drbar; the gradients of v = s u and of the mean of z
+  A *dh, *dq, *dedge;  // [N, C, pt]; dedge: an image's share of column c of dL/dWe
+  A* rdr;              // [N, C] r . dr
 };
 template <class A>
 VCR_BOTH ImageGradients<A> image_gradients(Carver& carve, const Problem& pr) {
@@ -466,8 +467,8 @@ struct SmallGradients {
     const int64_t p = pr.p, pt = pr.pt, CP = pr.C * p;
     for_warps(t, n1 - n0, [&](int i) {
       const int64_t n = n0 + i, image = n * pr.C * pt, mine = image + c * pt;
-      reasoner_backward(t, a.edges, pr.C, pt, c, a.dg + image, a.h + image, a.edge, offset(a.kept_edges, n * pr.C * pr.C), sampler.to.dh + mine,
-                        sampler.to.dedge + mine);
+      reasoner_backward(t, a.edges, pr.C, pt, c, a.dg + image, a.h + image, a.edge, offset(a.kept_edges, n * pr.C * pr.C),
+                        sampler.to.dh + mine, sampler.to.dedge + mine);
       t.sync_warp();
       sampler_backward(t, sampler, n, c);
     });

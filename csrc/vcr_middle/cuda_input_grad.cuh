@@ -132,7 +132,8 @@ struct MiddleInputGrad {
     s.c1[i] = c1;
   }
   // a, dl and M~ of one position.
-  VCR_DEVICE static void weigh(const Args& g, const Shared& s, const Tile<T>& y, const Tile<T>& d, int64_t n, int64_t c0, int64_t begin, int c, int i) {
+  VCR_DEVICE static void weigh(const Args& g, const Shared& s, const Tile<T>& y, const Tile<T>& d, int64_t n, int64_t c0, int64_t begin,
+                               int c, int i) {
     const int p = int(g.view.problem.p), at = c * g.block + i;
     const int64_t image = n * g.view.problem.C + c0 + c;
     const Softmax<A> softmax = g.view.softmax[image];
@@ -166,7 +167,7 @@ struct MiddleInputGrad {
     constexpr int V = span_size<T>, W = piece_size<V>;
     const int p = int(g.view.problem.p), row = g.block;
     with_layout(dy.last, [&](auto layout) {
-    constexpr bool last = decltype(layout)::value;
+      constexpr bool last = decltype(layout)::value;
       for_spans<sizeof(T) == 2 ? 1 : 2>(
           t, dy,
           [&](int r, int k, Span<V> span) {

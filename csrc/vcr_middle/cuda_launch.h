@@ -45,8 +45,8 @@ struct MiddleForwardLaunch {
   SampleArgs_<T> sample_args() const {
     SampleArgs_<T> a{};
     a.problem = pr, a.sampler = o.sampler, a.y = f.y, a.last = last;
-    a.norm = {o.norm, o.norm_eps, nullptr, nullptr, 1, w.norm_mean, w.norm_var, w.norm_weight, w.norm_bias, nullptr, nullptr, nullptr,
-              f.norm_mean, f.norm_var};
+    a.norm = {o.norm,        o.norm_eps,  nullptr, nullptr, 1,       w.norm_mean, w.norm_var,
+              w.norm_weight, w.norm_bias, nullptr, nullptr, nullptr, f.norm_mean, f.norm_var};
     a.weights = {w.value, w.query, w.key, w.logit};
     return a;
   }
@@ -96,7 +96,8 @@ struct MiddleForwardLaunch {
     const MiddleSaved<A> saved(pr, at.saved);
     const BlockShape shape = block_shape(device, pr, sizeof(T), last);
     // All plans come before the first launch.
-    typename ChannelStats<T>::Args stats{pr, f.y, last, shape.concepts, shape.block, images_per_group(pr.N, stats_groups), at.means, at.partial};
+    typename ChannelStats<T>::Args stats{pr,       f.y,       last, shape.concepts, shape.block, images_per_group(pr.N, stats_groups),
+                                         at.means, at.partial};
     SampleArgs_<T> sample = plan_sample(device, shape, at, saved);
     typename ConceptModulate<T>::Args modulate = plan_modulate(device, shape, at, saved);
     if (!fit<ChannelStats<T>>(device, stats, stats.concepts, stats.block) ||
@@ -190,7 +191,8 @@ struct MiddleBackwardLaunch {
     const MiddleSaved<A> saved(pr, f.saved);
     const BlockShape shape = block_shape(device, pr, sizeof(T), last);
     const NormSeen<A> norm{o.norm == Norm::none, saved.mu, saved.s, w.norm_bias, saved.m};
-    const BackwardView<T> view{pr, f.y, f.grad_out, last, pixel, norm, saved.u, saved.abar, saved.bbar, saved.softmax, w.scale_bias, w.shift_bias};
+    const BackwardView<T> view{pr,      f.y,        f.grad_out, last,          pixel,        norm,
+                               saved.u, saved.abar, saved.bbar, saved.softmax, w.scale_bias, w.shift_bias};
     typename ModulateBackwardSums<T>::Args sums{view, shape.concepts, shape.block, at.sums};
     typename MiddleInputGrad<T, true>::Args grad{};
     grad.view = view, grad.dy = f.dy, grad.concepts = shape.concepts, grad.block = shape.block, grad.chunk = chunk_of(device, pr, shape, 4);
@@ -204,13 +206,14 @@ struct MiddleBackwardLaunch {
         !fit<MiddleInputGrad<T, true>>(device, grad, grad.concepts, grad.block))
       return {0, true};
     runner.template launch<ModulateBackwardSums<T>>(sums);
-    runner.template launch<StateGradients<A>>(
-        typename StateGradients<A>::Args{pr, norm, at.sums.F0, at.sums.F1, saved.state, saved.g, w.scale_weight, w.shift_weight, at.dstate, at.parts});
-    runner.template launch<StateNormBackward<A>>(typename StateNormBackward<A>::Args{
-        pr.N, pr.C, pr.pt, o.state_batch, at.dstate, saved.g, at.parts, w.state_weight, saved.state_norm, at.dg, f.grads.state_weight,
-        f.grads.state_bias});
+    runner.template launch<StateGradients<A>>(typename StateGradients<A>::Args{pr, norm, at.sums.F0, at.sums.F1, saved.state, saved.g,
+                                                                               w.scale_weight, w.shift_weight, at.dstate, at.parts});
+    runner.template launch<StateNormBackward<A>>(typename StateNormBackward<A>::Args{pr.N, pr.C, pr.pt, o.state_batch, at.dstate, saved.g,
+                                                                                     at.parts, w.state_weight, saved.state_norm, at.dg,
+                                                                                     f.grads.state_weight, f.grads.state_bias});
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, saved.R};
-    const SamplerBackward<A> sampler{pr, o.sampler, norm, {w.value, w.query, w.key, w.logit}, state, pixel ? at.sums.K1 : nullptr, at.image};
+    const SamplerBackward<A> sampler{pr,      o.sampler, norm, {w.value, w.query, w.key, w.logit}, state, pixel ? at.sums.K1 : nullptr,
+                                     at.image};
     runner.template launch<SmallGradients<A>>(typename SmallGradients<A>::Args{
         sampler, o.edges, per_group(), at.dg, saved.h, w.edge, saved.edges, at.sums, saved.abar, saved.state, w.scale_bias, at.partial});
     runner.template launch<MiddleInputGrad<T, true>>(grad);
@@ -223,7 +226,8 @@ struct MiddleBackwardLaunch {
     const int64_t edge = partial_row(pr, o.edges).edges;
     const MiddleGrads<A>& g = f.grads;
     for (A* to : std::initializer_list<A*>{g.value, g.query, g.key, g.scale_weight, g.shift_weight}) runner.zero(to, weights * sizeof(A));
-    for (A* to : std::initializer_list<A*>{g.logit, g.scale_bias, g.shift_bias, g.norm_weight, g.norm_bias}) runner.zero(to, channels * sizeof(A));
+    for (A* to : std::initializer_list<A*>{g.logit, g.scale_bias, g.shift_bias, g.norm_weight, g.norm_bias})
+      runner.zero(to, channels * sizeof(A));
     for (A* to : std::initializer_list<A*>{g.state_weight, g.state_bias}) runner.zero(to, pr.pt * sizeof(A));
     runner.zero(g.edge, edge * sizeof(A));
   }

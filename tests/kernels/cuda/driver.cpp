@@ -1,5 +1,7 @@
 // All CUDA kernels, executed on the host, against the literal equations in double. No torch, no CUDA.
 //   driver                 everything; --every K takes every K-th case, --small N only maps of at most N elements, once each
+#include <sys/mman.h>
+
 #include <chrono>
 
 #include "float16.h"
@@ -99,7 +101,8 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
           one.size.N = 1;
           const Called single = call<Op, T>(one, image_of(inputs, c.size, n), second, lie, false);
           ++report.calls;
-          if (std::memcmp(single.results.at("out").data(), forward.results.at("out").data() + size_t(n) * image, image * sizeof(double)) != 0)
+          if (std::memcmp(single.results.at("out").data(), forward.results.at("out").data() + size_t(n) * image, image * sizeof(double)) !=
+              0)
             fail(alone, "    image " + std::to_string(n) + " comes out otherwise when it is alone");
         }
       }
@@ -161,6 +164,86 @@ void check_empty(Report& report) {
   }
 }
 
+// The kernels without their block barriers, or without the cluster's: the comparison must notice in some order of threads.
+void check_faults(Report& report) {
+  Case c;
+  c.size = {2, 8, 4, 4, 77};
+  c.norm = Norm::given, c.state_batch = false, c.seed = 77;
+  Tensors inputs;
+  const Reference reference = make_reference<Middle>(c, inputs);
+  Largest ignored;
+  const auto noticed = [&](simt::Fault fault, bool backward) {
+    for (const simt::Order order : {simt::Order::forward, simt::Order::backward, simt::Order::shuffled}) {
+      Machine machine = machines[0];
+      machine.settings.threads = order, machine.settings.fault = fault;
+      const Called called = call<Middle, float>(c, inputs, machine, Lie::contiguous, backward);
+      const std::vector<std::string> skip = backward ? std::vector<std::string>{} : gradients_of(reference);
+      if (!reference.check(called.results, precision<float>(), skip, ignored).empty()) return true;
+    }
+    return false;
+  };
+  struct {
+    const char* what;
+    bool right;
+  } const checks[] = {{"no fault, no alarm", !noticed(simt::Fault::none, false) && !noticed(simt::Fault::none, true)},
+                      {"evaluation without block barriers", noticed(simt::Fault::sync, false)},
+                      {"evaluation without cluster barriers", noticed(simt::Fault::cluster_sync, false)},
+                      {"training without block barriers", noticed(simt::Fault::sync, true)}};
+  for (const auto& check : checks)
+    if (!check.right) ++report.failures, std::printf("FAILED seeded fault: %s\n", check.what);
+  std::printf("  seeded faults     %d noticed in the kernels\n", 3);
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which has no room for such maps
+// A map whose runs and images are so far apart that offsets pass 2^31 elements and 2^32 bytes; all that is not touched takes no memory.
+struct FarMap {
+  static constexpr int64_t run = (int64_t(1) << 30) + 7, image = (int64_t(1) << 32) + 24, elements = 2 * image;
+  bf16* data;
+  FarMap() {
+    void* at = mmap(nullptr, size_t(elements) * sizeof(bf16), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) simt::fail("no address space for a far map");
+    data = static_cast<bf16*>(at);
+  }
+  ~FarMap() { munmap(data, size_t(elements) * sizeof(bf16)); }
+  Map<bf16> map(bool last) const { return {data, image, last ? 1 : run, last ? run : 1}; }
+};
+// out = relu(scale_bias z + shift_bias) by concept_modulate; and its dz.
+void check_far(Report& report) {
+  for (const bool last : {false, true}) {
+    const FarMap z, out, grad;
+    const Problem pr{2, 1, 3, 1, last ? 3 : 50};
+    const Map<bf16> zm = z.map(last), om = out.map(last), gm = grad.map(last);
+    const float scale[3] = {2, -1, 0.5f}, shift[3] = {1, 0, -0.25f}, state[2] = {0, 0};
+    const auto value = [](int64_t n, int64_t j, int64_t i) { return double((n * 3 + j) * 5 + i % 7) / 8 - 1; };
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = 0; j < pr.p; ++j)
+        for (int64_t i = 0; i < pr.S; ++i) *zm.at(n, j, i) = to_type<bf16>(value(n, j, i)), *gm.at(n, j, i) = to_type<bf16>(1);
+    host_runner().device = machines[0].device, host_runner().settings = {};
+    ModulateForward<bf16> f{pr, {nullptr, nullptr, scale, shift}, {zm.data, zm.image, zm.channel, zm.position}, om, state, nullptr, {}};
+    host_kernels<bf16>().modulate_forward(f);
+    float dstate[2], dscale[3], dshift[3];
+    int wrong = 0;
+    for (const bool backward : {false, true}) {
+      if (backward) {  // dz goes where out was
+        ModulateBackward<bf16> b{
+            pr,     f.weights, f.z, {gm.data, gm.image, gm.channel, gm.position}, om, state, nullptr, dstate, nullptr, nullptr, dscale,
+            dshift, nullptr,   {}};
+        host_kernels<bf16>().modulate_backward(b);
+      }
+      for (int64_t n = 0; n < pr.N; ++n)
+        for (int64_t j = 0; j < pr.p; ++j)
+          for (int64_t i = 0; i < pr.S; ++i) {
+            const double pre = value(n, j, i) * scale[j] + shift[j], right = backward ? (pre > 0 ? scale[j] : 0) : std::max(pre, 0.0);
+            wrong += std::fabs(to_double(*om.at(n, j, i)) - right) > 0x1p-8 * std::fabs(right);
+          }
+    }
+    ++report.calls;
+    if (wrong != 0) ++report.failures, std::printf("FAILED far map, %s: %d elements\n", last ? "channels_last" : "contiguous", wrong);
+  }
+  std::printf("  far maps          offsets past 2^31 elements\n");
+}
+#endif
+
 }  // namespace
 }  // namespace vcr_test
 
@@ -182,5 +265,9 @@ int main(int count, char** arguments) {
   check_op<Modulate>(modulate_cases(), every, report);
   check_empty<float>(report);
   check_empty<f16>(report);
+#if !defined(__SANITIZE_THREAD__)  // faults end it: run.sh has them one by one
+  check_far(report);
+  check_faults(report);
+#endif
   return report.failures == 0 ? 0 : 1;
 }

@@ -1,9 +1,9 @@
 #include "host_kernels.h"
 
-#include "float16.h"
 #include "concept_modulate/cuda_launch.h"
 #include "concept_reason/cuda_launch.h"
 #include "concept_sample/cuda_launch.h"
+#include "float16.h"
 #include "vcr_middle/cuda_launch.h"
 
 namespace vcr_test {

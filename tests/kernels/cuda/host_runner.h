@@ -16,7 +16,7 @@ struct HostRunner {
   void launch(const typename K::Args& args, int cluster = 1) {
     const vcr::cuda::Grid grid = vcr::cuda::grid_of<K>(device, args, cluster);
     simt::launch(grid.blocks, grid.threads, grid.shared, grid.cluster, settings, [&] {
-      simt::HostThread<> thread;
+      simt::HostThread thread;
       vcr::cuda::run_units<K>(thread, args, grid.units);
     });
   }

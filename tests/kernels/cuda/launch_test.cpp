@@ -1,5 +1,10 @@
 // The launch arithmetic: how work is divided, and how much memory that takes, for maps of more than 2^31 elements, too.
+//   launch_test             the checks
+//   launch_test --shared    what is launched for the paper's stages: blocks, threads, shared memory
 #include <cstdio>
+#include <cstring>
+#include <string>
+#include <typeinfo>
 
 #include "vcr_middle/cuda_launch.h"
 
@@ -47,16 +52,24 @@ struct Recorder {
   Status status{};
   int launches = 0;
   Grid grid{};
+  bool print = false;
   template <class K>
   void launch(const typename K::Args& args, int cluster = 1) {
     ++launches;
     grid = grid_of<K>(device, args, cluster);
+    if (print) print_row(typeid(K).name());
     check(grid.shared <= device.shared, "shared memory of a block", grid.shared);
     check(grid.blocks > 0 && grid.blocks <= int64_t(1) << 30 && grid.blocks % cluster == 0, "blocks", grid.blocks);
     check(grid.units >= grid.blocks && grid.units % cluster == 0, "units", grid.units);
     check(grid.threads % warp_size == 0 && grid.threads <= 1024, "threads", grid.threads);
   }
   void zero(void*, int64_t) {}
+  void print_row(const std::string& mangled) const {  // N3vcr4cuda12ChannelStatsIfEE
+    const size_t digits = mangled.find_first_not_of("0123456789", 10);
+    const std::string name = mangled.substr(digits, size_t(std::stoi(mangled.substr(10))));
+    std::printf("    %-22s %6lld blocks of %3d threads, %6lld bytes, clusters of %d\n", name.c_str(), static_cast<long long>(grid.blocks),
+                grid.threads, static_cast<long long>(grid.shared), grid.cluster);
+  }
 };
 
 template <class T>
@@ -78,7 +91,8 @@ void check_plans(const Device& device) {
       backward.problem = pr, backward.options = training.options, backward.y = training.y;
       backward.grad_out = training.y, backward.dy = training.out;
       recorder.launches = 0;
-      check(MiddleBackwardLaunch<T>(backward).run(recorder, &unused).ok() && recorder.launches == 5, "backward: 5 launches", recorder.launches);
+      check(MiddleBackwardLaunch<T>(backward).run(recorder, &unused).ok() && recorder.launches == 5, "backward: 5 launches",
+            recorder.launches);
       Carver carve{nullptr};
       MiddleForwardLaunch<T>(training).workspace(carve);
       check(carve.used >= 8 * pr.N * (pr.channels() + 2 * pr.pt), "forward workspace", carve.used);
@@ -102,17 +116,20 @@ void check_evaluation() {
       check(MiddleForwardLaunch<bf16>(g).run(on_h100, &unused).ok() && on_h100.launches == 1, "one launch on sm_90", pr.S);
       const MiddleForward<bf16> apart = forward<bf16>(pr, last, Norm::given, false, false, Edges::none);
       on_a100.launches = 0;
-      check(MiddleForwardLaunch<bf16>(apart).run(on_a100, &unused).ok() && on_a100.launches == 1, "without messages one launch anywhere", pr.S);
+      check(MiddleForwardLaunch<bf16>(apart).run(on_a100, &unused).ok() && on_a100.launches == 1, "without messages one launch anywhere",
+            pr.S);
     }
   // an image alone is divided as in a batch
   for (const Problem& pr : paper) {
     Problem one = pr;
     one.N = 1;
     MiddleEvaluate<float>::Args a, b;
-    check(MiddleForwardLaunch<float>(forward<float>(pr, true, Norm::given, false, false, Edges::dynamic_edges)).plan_evaluation(h100(), a) &&
-              MiddleForwardLaunch<float>(forward<float>(one, true, Norm::given, false, false, Edges::dynamic_edges)).plan_evaluation(h100(), b) &&
-              a.cluster == b.cluster && a.sample.concepts == b.sample.concepts && a.sample.block == b.sample.block,
-          "evaluation doesn't know of N");
+    check(
+        MiddleForwardLaunch<float>(forward<float>(pr, true, Norm::given, false, false, Edges::dynamic_edges)).plan_evaluation(h100(), a) &&
+            MiddleForwardLaunch<float>(forward<float>(one, true, Norm::given, false, false, Edges::dynamic_edges))
+                .plan_evaluation(h100(), b) &&
+            a.cluster == b.cluster && a.sample.concepts == b.sample.concepts && a.sample.block == b.sample.block,
+        "evaluation doesn't know of N");
   }
 }
 
@@ -127,20 +144,47 @@ void check_limits() {
   check(MiddleForwardLaunch<float>(forward<float>(wider, true, Norm::batch, true, true, Edges::none)).run(recorder, &unused).too_wide &&
             recorder.launches == 0,
         "too wide a concept is refused before anything is launched");
-  check(tile_column(16, 4) == 17 && tile_column(17, 4) == 17 && tile_column(16, 2) == 18 && tile_column(18, 2) == 18 && tile_column(19, 2) == 22,
+  check(tile_column(16, 4) == 17 && tile_column(17, 4) == 17 && tile_column(16, 2) == 18 && tile_column(18, 2) == 18 &&
+            tile_column(19, 2) == 22,
         "tile_column");
   for (int channels = 1; channels < 70; ++channels) {
     check(tile_column(channels, 4) % 2 == 1 && tile_column(channels, 4) >= channels, "an odd column", channels);
-    check(tile_column(channels, 2) / 2 % 2 == 1 && tile_column(channels, 2) % 2 == 0 && tile_column(channels, 2) >= channels, "odd words", channels);
+    check(tile_column(channels, 2) / 2 % 2 == 1 && tile_column(channels, 2) % 2 == 0 && tile_column(channels, 2) >= channels, "odd words",
+          channels);
   }
   for (int positions = 1; positions < 70; ++positions)
     check(tile_row<float>(positions) >= positions + 3 && tile_row<float>(positions) % 4 == 0, "room for a shift", positions);
-  check(images_per_group(1, 64) == 1 && images_per_group(64, 64) == 1 && images_per_group(65, 64) == 2 && images_per_group(0, 64) == 1, "groups");
+  check(images_per_group(1, 64) == 1 && images_per_group(64, 64) == 1 && images_per_group(65, 64) == 2 && images_per_group(0, 64) == 1,
+        "groups");
+}
+
+template <class T>
+void print_launches(const char* type) {
+  char unused = 0;
+  for (const bool last : {false, true})
+    for (const Problem& pr : paper) {
+      std::printf("  %s, p = %lld, S = %lld, N = 16, %s, H100\n", type, static_cast<long long>(pr.p), static_cast<long long>(pr.S),
+                  last ? "channels_last" : "contiguous");
+      Recorder recorder{h100()};
+      recorder.print = true;
+      MiddleForwardLaunch<T>(forward<T>(pr, last, Norm::given, false, false, Edges::dynamic_edges)).run(recorder, &unused);
+      const MiddleForward<T> training = forward<T>(pr, last, Norm::batch, true, true, Edges::dynamic_edges);
+      MiddleForwardLaunch<T>(training).run(recorder, &unused);
+      MiddleBackward<T> backward{};
+      backward.problem = pr, backward.options = training.options, backward.y = training.y;
+      backward.grad_out = training.y, backward.dy = training.out;
+      MiddleBackwardLaunch<T>(backward).run(recorder, &unused);
+    }
 }
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count == 2 && std::strcmp(arguments[1], "--shared") == 0) {
+    print_launches<float>("float");
+    print_launches<bf16>("bf16");
+    return 0;
+  }
   for (const Device& device : {h100(), a100()}) {
     check_plans<float>(device);
     check_plans<double>(device);

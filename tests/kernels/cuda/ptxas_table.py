@@ -26,7 +26,9 @@ def main(logs: list[str]) -> int:
             print(f"{log}: no kernel")
             return 1
         mangled = "\n".join(match["name"] for match in found)
-        names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+        names = subprocess.run(
+            ["c++filt"], input=mangled, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         for match, name in zip(found, names, strict=True):
             kernel = re.sub(r"^.*?run_kernel<(.*?)>\(.*$", r"\1", name).replace("vcr::cuda::", "").replace("vcr::", "")
             shared = re.search(r"(\d+) bytes smem", match["rest"])

@@ -78,7 +78,7 @@ stopped() {
 }
 
 mode_plain() {
-  build_and_run cuda-plain -O2
+  build_and_run cuda-plain -O2 -- --every 2
   for fault in sync cluster_sync index tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
   stopped cuda-plain guard 'outside its shared memory'
   stopped cuda-plain divergent 'different barriers'

@@ -104,6 +104,7 @@ struct Scheduler {
   std::vector<Fiber*> ready;
   std::vector<Block*> cluster;
   Barrier cluster_barrier;
+  Fault fault = Fault::none;
   Fiber* running = nullptr;
   int threads = 0;
   int64_t blocks = 0, shared = 0;
@@ -302,9 +303,11 @@ void fail(const std::string& why) {
 }
 
 void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body) {
-  if (blocks <= 0 || threads <= 0 || threads % warp_size != 0 || threads > 1024 || cluster < 1 || cluster > 8 || blocks % cluster != 0 || shared < 0)
+  if (blocks <= 0 || threads <= 0 || threads % warp_size != 0 || threads > 1024 || cluster < 1 || cluster > 8 || blocks % cluster != 0 ||
+      shared < 0)
     fail("a launch of " + std::to_string(blocks) + " blocks in clusters of " + std::to_string(cluster) + ", " + std::to_string(threads) +
          " threads, " + std::to_string(shared) + " bytes");
+  self.fault = settings.fault;
   self.body = &body, self.threads = threads, self.blocks = blocks, self.shared = shared;
 #if defined(SIMT_TSAN)
   self.sanitizer = __tsan_get_current_fiber();
@@ -339,6 +342,7 @@ int64_t block_index() { return self.running->block->index; }
 int64_t blocks_of_grid() { return self.blocks; }
 int rank_in_cluster() { return self.running->block->rank; }
 int blocks_of_cluster() { return int(self.cluster.size()); }
+Fault fault_of_launch() { return self.fault; }
 unsigned char* shared_memory() { return self.running->block->shared(); }
 
 namespace {
@@ -368,7 +372,8 @@ void wait_for_cluster(const char* file, int line) { wait(self.cluster_barrier, f
 
 unsigned char* peer_of(const void* shared, int rank) {
   const unsigned char *mine = self.running->block->shared(), *at = static_cast<const unsigned char*>(shared);
-  if (at < mine || at > mine + self.shared || rank < 0 || rank >= int(self.cluster.size())) fail("a peer's memory that is not shared memory");
+  if (at < mine || at > mine + self.shared || rank < 0 || rank >= int(self.cluster.size()))
+    fail("a peer's memory that is not shared memory");
   return self.cluster[size_t(rank)]->shared() + (at - mine);
 }
 

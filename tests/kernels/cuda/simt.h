@@ -13,9 +13,12 @@ namespace simt {
 constexpr int warp_size = 32;
 
 enum class Order { forward, backward, shuffled };
+// A barrier that is left out, to see that it is missed.
+enum class Fault { none, sync, cluster_sync };
 struct Settings {
   Order threads = Order::forward, blocks = Order::forward;
   uint64_t seed = 1;
+  Fault fault = Fault::none;
 };
 // What the layer ends the process with when a kernel is wrong in a way that only it can see.
 constexpr int exit_status = 3;
@@ -30,6 +33,7 @@ int64_t block_index();
 int64_t blocks_of_grid();
 int rank_in_cluster();
 int blocks_of_cluster();
+Fault fault_of_launch();
 unsigned char* shared_memory();
 unsigned char* peer_of(const void* shared, int rank);
 void wait_for_block(const char* file, int line);
@@ -42,9 +46,7 @@ void get(void* value, size_t bytes, int lane, unsigned turn);
 
 [[noreturn]] void fail(const std::string& why);
 
-// The Thread that kernel bodies take. Faults leave a barrier out, to see that it is missed.
-enum class Fault { none, sync, cluster_sync };
-template <Fault fault = Fault::none>
+// The Thread that kernel bodies take.
 struct HostThread {
   int index() const { return thread_index(); }
   int count() const { return threads_of_block(); }
@@ -53,11 +55,9 @@ struct HostThread {
   int64_t blocks() const { return blocks_of_grid(); }
   char* shared() const { return reinterpret_cast<char*>(shared_memory()); }
   void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    if (fault != Fault::sync) wait_for_block(file, line);
+    if (fault_of_launch() != Fault::sync) wait_for_block(file, line);
   }
-  void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    wait_for_warp(file, line);
-  }
+  void sync_warp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const { wait_for_warp(file, line); }
   // op over the warp's lanes in a tree; op must be commutative, so that all lanes get the same bits. As on a GPU, this and what follows
   // don't order memory.
   template <class V, class Op>
@@ -91,7 +91,7 @@ struct HostThread {
   int cluster_rank() const { return rank_in_cluster(); }
   int cluster_size() const { return blocks_of_cluster(); }
   void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    if (fault != Fault::cluster_sync) wait_for_cluster(file, line);
+    if (fault_of_launch() != Fault::cluster_sync) wait_for_cluster(file, line);
   }
   // The same place in the shared memory of the cluster's block `rank`.
   template <class X>
