@@ -173,7 +173,7 @@ void check_faults(Report& report) {
   const Reference reference = make_reference<Middle>(c, inputs);
   Largest ignored;
   const auto noticed = [&](simt::Fault fault, bool backward) {
-    for (const simt::Order order : {simt::Order::forward, simt::Order::backward, simt::Order::shuffled}) {
+    for (const simt::Order order : {simt::Order::forward, simt::Order::backward, simt::Order::shuffled, simt::Order::by_block}) {
       Machine machine = machines[0];
       machine.settings.threads = order, machine.settings.fault = fault;
       const Called called = call<Middle, float>(c, inputs, machine, Lie::contiguous, backward);

@@ -120,7 +120,7 @@ bool warps_are_right(const simt::Settings& settings, Seeded seeded) {
 
 std::vector<simt::Settings> all_settings() {
   std::vector<simt::Settings> all;
-  for (const Order order : {Order::forward, Order::backward, Order::shuffled})
+  for (const Order order : {Order::forward, Order::backward, Order::shuffled, Order::by_block})
     for (const Order blocks : {Order::forward, Order::backward, Order::shuffled}) all.push_back({order, blocks, all.size() + 1});
   return all;
 }

@@ -280,6 +280,13 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
     batch.swap(self.ready);
     self.ready.clear();
     reorder(batch, settings.threads, random);
+    if (settings.threads == Order::by_block) {
+      int rank = size;
+      for (const Fiber* f : batch) rank = std::min(rank, f->block->rank);
+      const auto later = std::stable_partition(batch.begin(), batch.end(), [rank](const Fiber* f) { return f->block->rank == rank; });
+      self.ready.assign(later, batch.end());
+      batch.erase(later, batch.end());
+    }
     for (Fiber* f : batch) {
       resume(f);
       if (!f->done) continue;

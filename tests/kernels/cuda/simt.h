@@ -12,7 +12,8 @@ namespace simt {
 
 constexpr int warp_size = 32;
 
-enum class Order { forward, backward, shuffled };
+// Of threads that can go on. by_block: a cluster's first block runs as far as it can, then the next.
+enum class Order { forward, backward, shuffled, by_block };
 // A barrier that is left out, to see that it is missed.
 enum class Fault { none, sync, cluster_sync };
 struct Settings {
