@@ -10,7 +10,7 @@ namespace vcr::cuda {
 template <class T>
 struct MiddleEvaluate {
   using A = acc_t<T>;
-  static constexpr int threads = 288, resident = sizeof(A) == 4 ? 2 : 1;
+  static constexpr int threads = 256, resident = sizeof(A) == 4 ? 2 : 1;
   struct Args {
     SampleArgs_<T> sample;  // resident; nothing of `to` is kept
     Map<T> out;

@@ -18,8 +18,8 @@ enum class Seeded { none, index, tail, stride, guard, divergent, deadlock, warp,
 
 // out[r, i] = in[r, S - 1 - i] - mean of row r. A row is staged in shared memory, every thread reads what another wrote.
 void reverse_rows(const HostThread& t, const float* in, float* out, int64_t S, Seeded seeded) {
-  float* row = reinterpret_cast<float*>(t.shared());
-  float* sums = row + S;
+  float* sums = reinterpret_cast<float*>(t.shared());
+  float* row = sums + t.count() / simt::warp_size;
   const float* from = in + t.block() * S;
   float sum = 0;
   for (int64_t i = t.index(); i < S; i += t.count()) {

@@ -79,15 +79,15 @@ stopped() {
 
 mode_plain() {
   build_and_run cuda-plain -O2 -- --every 2
-  for fault in sync cluster_sync index tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
-  stopped cuda-plain guard 'outside its shared memory'
+  for fault in sync cluster_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
+  for fault in index guard; do stopped cuda-plain "$fault" 'outside its shared memory'; done
   stopped cuda-plain divergent 'different barriers'
   stopped cuda-plain deadlock 'wait for ever'
 }
 mode_asan() {
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
   build_and_run cuda-asan -O1 -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
-    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined -- --every 5
+    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined -- --every 10
   for fault in index tail guard; do stopped cuda-asan "$fault" 'ERROR: AddressSanitizer'; done
 }
 mode_tsan() {
