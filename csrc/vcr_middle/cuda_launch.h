@@ -202,15 +202,26 @@ struct MiddleBackwardLaunch {
     if (o.norm == Norm::none) grad.gradients.to.norm_weight = grad.gradients.to.norm_bias = nullptr;
     if (o.sampler != Sampler::dynamic_query) grad.gradients.to.query = grad.gradients.to.key = nullptr;
     if (o.sampler != Sampler::static_query) grad.gradients.to.logit = nullptr;
+    const typename StateNormBackward<A>::Args states{pr.N,
+                                                     pr.C,
+                                                     pr.pt,
+                                                     o.state_batch,
+                                                     at.dstate,
+                                                     saved.g,
+                                                     at.parts,
+                                                     w.state_weight,
+                                                     saved.state_norm,
+                                                     at.dg,
+                                                     f.grads.state_weight,
+                                                     f.grads.state_bias};
     if (!fit<ModulateBackwardSums<T>>(device, sums, sums.concepts, sums.block) ||
-        !fit<MiddleInputGrad<T, true>>(device, grad, grad.concepts, grad.block))
+        !fit<MiddleInputGrad<T, true>>(device, grad, grad.concepts, grad.block) ||
+        shared_bytes<StateNormBackward<A>>(states) > device.shared)
       return {0, true};
     runner.template launch<ModulateBackwardSums<T>>(sums);
     runner.template launch<StateGradients<A>>(typename StateGradients<A>::Args{pr, norm, at.sums.F0, at.sums.F1, saved.state, saved.g,
                                                                                w.scale_weight, w.shift_weight, at.dstate, at.parts});
-    runner.template launch<StateNormBackward<A>>(typename StateNormBackward<A>::Args{pr.N, pr.C, pr.pt, o.state_batch, at.dstate, saved.g,
-                                                                                     at.parts, w.state_weight, saved.state_norm, at.dg,
-                                                                                     f.grads.state_weight, f.grads.state_bias});
+    runner.template launch<StateNormBackward<A>>(states);
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, saved.R};
     const SamplerBackward<A> sampler{pr,      o.sampler, norm, {w.value, w.query, w.key, w.logit}, state, pixel ? at.sums.K1 : nullptr,
                                      at.image};
