@@ -7,6 +7,9 @@ namespace vcr {
 struct bf16 {
   uint16_t bits;
 };
+struct f16 {  // GPUs only
+  uint16_t bits;
+};
 
 // Reductions, softmax and statistics run in float32; in float64 for float64 features.
 template <class T>

@@ -1,0 +1,273 @@
+// All CUDA kernels, executed on the host, against the literal equations in double. No torch, no CUDA.
+//   driver                 everything; --every K takes every K-th case, --small N only maps of at most N elements, once each
+#include <sys/mman.h>
+
+#include <chrono>
+
+#include "float16.h"
+#include "host_kernels.h"
+#include "ops.h"
+
+namespace vcr_test {
+
+template <>
+Precision precision<float>() {
+  return {"float", 32, 0x1p-24, 0};
+}
+template <>
+Precision precision<double>() {
+  return {"double", 64 * 0x1p-29, 0x1p-53, 0};
+}
+template <>
+Precision precision<bf16>() {
+  return {"bf16", 32, 0x1p-24, 0x1p-8};
+}
+template <>
+Precision precision<f16>() {
+  return {"f16", 32, 0x1p-24, 0x1p-11};
+}
+
+namespace {
+
+int64_t small = 0;  // under ThreadSanitizer a thread costs a hundred times what it costs without
+
+struct Report {
+  int calls = 0, failures = 0;
+  Largest largest[4];  // of float, double, bf16, f16
+  void fail(const char* op, const Case& c, const char* type, const std::string& where, const std::string& what) {
+    if (++failures <= 40) std::printf("FAILED %s %s %s, %s\n%s\n", op, c.name().c_str(), type, where.c_str(), what.c_str());
+  }
+};
+
+// Machines to run on: all sizes are small, so that loops go round more than once, and the last has room for a map on chip.
+struct Machine {
+  const char* name;
+  vcr::cuda::Device device;
+  simt::Settings settings;
+};
+vcr::cuda::Device device_of(int64_t shared, bool clusters, int threads, int64_t tile, int positions) {
+  vcr::cuda::Device d;
+  d.shared = shared, d.multiprocessors = 2, d.clusters = clusters, d.threads = threads, d.tile = tile, d.positions = positions;
+  return d;
+}
+const Machine machines[] = {
+    {"clusters", device_of(227 << 10, true, 64, 2048, 64), {simt::Order::forward, simt::Order::forward, 1}},
+    {"little memory", device_of(24 << 10, true, 32, 1024, 32), {simt::Order::backward, simt::Order::shuffled, 2}},
+    {"no clusters", device_of(163 << 10, false, 96, 4096, 128), {simt::Order::shuffled, simt::Order::backward, 3}},
+};
+constexpr int machine_count = 3;
+
+template <class Op, class T>
+Called call(const Case& c, const Tensors& inputs, const Machine& machine, Lie lie, bool backward) {
+  host_runner().device = machine.device, host_runner().settings = machine.settings;
+  return Op::call(Caller<T>(c, inputs, {lie, loop.parallel, backward}), host_kernels<T>());
+}
+
+template <class Op, class T>
+void check_type(Case c, const Tensors& inputs, const Reference& reference, int turn, Report& report, Largest& largest) {
+  const Precision type = precision<T>();
+  const auto fail = [&](const std::string& where, const std::string& what) { report.fail(Op::name, c, type.name, where, what); };
+  const Machine &first = machines[turn % machine_count], &second = machines[(turn + 1) % machine_count];
+  for (const Lie lie : {Lie::contiguous, Lie::channels_last}) {
+    if (!Op::maps && lie != Lie::contiguous) break;
+    const Lie slice = lie == Lie::contiguous ? Lie::contiguous_slice : Lie::channels_last_slice;
+    const Lie here = Op::maps && turn / 3 % 2 ? slice : lie;
+    const std::string where = std::string(lie_names[int(here)]) + ", " + first.name;
+    const Called called = call<Op, T>(c, inputs, first, here, true);
+    ++report.calls;
+    if (!called.damage.empty()) fail(where, "    changed: " + called.damage);
+    const std::string wrong = reference.check(called.results, type, {}, largest);
+    if (!wrong.empty()) fail(where, wrong);
+    if (small > 0 && turn % 2 == int(lie == Lie::contiguous)) continue;
+    // the same bits whatever the order of threads and of blocks, and for a dense map as for a slice
+    Machine other = first;
+    other.settings = {simt::Order::shuffled, simt::Order::shuffled, uint64_t(turn) + 10};
+    const Called again = call<Op, T>(c, inputs, other, lie, true);
+    ++report.calls;
+    const std::string names = differing(called.results, again.results);
+    if (!names.empty()) fail(where, "    other bits in another order: " + names);
+    if constexpr (std::is_same_v<Op, Middle> || std::is_same_v<Op, Sample>) {
+      const std::string alone = std::string(lie_names[int(lie)]) + ", no backward, " + second.name;
+      const Called forward = call<Op, T>(c, inputs, second, lie, false);
+      ++report.calls;
+      if (!forward.damage.empty()) fail(alone, "    changed: " + forward.damage);
+      const std::string bad = reference.check(forward.results, type, gradients_of(reference), largest);
+      if (!bad.empty()) fail(alone, bad);
+      if constexpr (std::is_same_v<Op, Middle>) {
+        if (c.norm == Norm::batch || c.state_batch || c.size.N == 1) continue;
+        const size_t image = size_t(c.size.channels() * c.size.S);
+        for (int64_t n = 0; n < c.size.N; ++n) {
+          Case one = c;
+          one.size.N = 1;
+          const Called single = call<Op, T>(one, image_of(inputs, c.size, n), second, lie, false);
+          ++report.calls;
+          if (std::memcmp(single.results.at("out").data(), forward.results.at("out").data() + size_t(n) * image, image * sizeof(double)) !=
+              0)
+            fail(alone, "    image " + std::to_string(n) + " comes out otherwise when it is alone");
+        }
+      }
+    }
+  }
+}
+
+template <class Op>
+void check_op(const std::vector<Case>& cases, int every, Report& report) {
+  const auto start = std::chrono::steady_clock::now();
+  double reference_s = 0;
+  int taken = 0;
+  Report own;
+  for (size_t k = 0, seen = 0; k < cases.size(); ++k) {
+    Case c = cases[k];
+    if ((small > 0 && c.size.map() > small) || seen++ % size_t(every) != 0) continue;
+    Tensors inputs;
+    const auto before = std::chrono::steady_clock::now();
+    const Reference reference = make_reference<Op>(c, inputs);
+    reference_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
+    // one type a case: every (type, sampler, modulation) occurs
+    const int turn = taken++;
+    switch (turn % (Op::maps ? 4 : 2)) {
+      case 0: check_type<Op, float>(c, inputs, reference, turn, own, own.largest[0]); break;
+      case 1: check_type<Op, double>(c, inputs, reference, turn, own, own.largest[1]); break;
+      case 2: check_type<Op, bf16>(c, inputs, reference, turn, own, own.largest[2]); break;
+      default: check_type<Op, f16>(c, inputs, reference, turn, own, own.largest[3]); break;
+    }
+  }
+  const double all_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  std::printf("  %-17s %3d cases, %4d calls, %d failures; %.1f s, of which the reference %.1f s; largest error / bound:", Op::name, taken,
+              own.calls, own.failures, all_s, reference_s);
+  const char* types[] = {"float", "double", "bf16", "f16"};
+  for (int i = 0; i < 4; ++i)
+    if (!own.largest[i].at.empty()) std::printf(" %s %.2f (%s)", types[i], own.largest[i].ratio, own.largest[i].at.c_str());
+  std::printf("\n");
+  std::fflush(stdout);
+  report.calls += own.calls;
+  report.failures += own.failures;
+}
+
+// No image: nothing to read, gradients are zero, nothing else is touched.
+template <class T>
+void check_empty(Report& report) {
+  for (int k = 0; k < 6; ++k) {
+    Case c;
+    c.size = {0, 3, 4, 4, 9};
+    c.norm = k % 2 ? Norm::given : Norm::none, c.state_batch = false, c.norm_affine = c.norm == Norm::given;
+    c.sampler = Sampler(k / 2), c.modulation = c.sampler == Sampler::pool ? Modulation::channel : Modulation(k % 2);
+    const Called called = call<Middle, T>(c, draw_middle(c), machines[0], k % 2 ? Lie::channels_last : Lie::contiguous, true);
+    ++report.calls;
+    if (!called.damage.empty()) report.fail("vcr_middle", c, precision<T>().name, "no image", "    changed: " + called.damage);
+    for (const auto& named : called.results)
+      for (double x : named.second)
+        if (x != 0) {
+          report.fail("vcr_middle", c, precision<T>().name, "no image", "    " + named.first + " is not 0");
+          break;
+        }
+  }
+}
+
+// The kernels without their block barriers, or without the cluster's: the comparison must notice in some order of threads.
+void check_faults(Report& report) {
+  Case c;
+  c.size = {2, 8, 4, 4, 77};
+  c.norm = Norm::given, c.state_batch = false, c.seed = 77;
+  Tensors inputs;
+  const Reference reference = make_reference<Middle>(c, inputs);
+  Largest ignored;
+  const auto noticed = [&](simt::Fault fault, bool backward) {
+    for (const simt::Order order : {simt::Order::forward, simt::Order::backward, simt::Order::shuffled, simt::Order::by_block}) {
+      Machine machine = machines[0];
+      machine.settings.threads = order, machine.settings.fault = fault;
+      const Called called = call<Middle, float>(c, inputs, machine, Lie::contiguous, backward);
+      const std::vector<std::string> skip = backward ? std::vector<std::string>{} : gradients_of(reference);
+      if (!reference.check(called.results, precision<float>(), skip, ignored).empty()) return true;
+    }
+    return false;
+  };
+  struct {
+    const char* what;
+    bool right;
+  } const checks[] = {{"no fault, no alarm", !noticed(simt::Fault::none, false) && !noticed(simt::Fault::none, true)},
+                      {"evaluation without block barriers", noticed(simt::Fault::sync, false)},
+                      {"evaluation without cluster barriers", noticed(simt::Fault::cluster_sync, false)},
+                      {"training without block barriers", noticed(simt::Fault::sync, true)}};
+  for (const auto& check : checks)
+    if (!check.right) ++report.failures, std::printf("FAILED seeded fault: %s\n", check.what);
+  std::printf("  seeded faults     %d noticed in the kernels\n", 3);
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which has no room for such maps
+// A map whose runs and images are so far apart that offsets pass 2^31 elements and 2^32 bytes; all that is not touched takes no memory.
+struct FarMap {
+  static constexpr int64_t run = (int64_t(1) << 30) + 7, image = (int64_t(1) << 32) + 24, elements = 2 * image;
+  bf16* data;
+  FarMap() {
+    void* at = mmap(nullptr, size_t(elements) * sizeof(bf16), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) simt::fail("no address space for a far map");
+    data = static_cast<bf16*>(at);
+  }
+  ~FarMap() { munmap(data, size_t(elements) * sizeof(bf16)); }
+  Map<bf16> map(bool last) const { return {data, image, last ? 1 : run, last ? run : 1}; }
+};
+// out = relu(scale_bias z + shift_bias) by concept_modulate; and its dz.
+void check_far(Report& report) {
+  for (const bool last : {false, true}) {
+    const FarMap z, out, grad;
+    const Problem pr{2, 1, 3, 1, last ? 3 : 50};
+    const Map<bf16> zm = z.map(last), om = out.map(last), gm = grad.map(last);
+    const float scale[3] = {2, -1, 0.5f}, shift[3] = {1, 0, -0.25f}, state[2] = {0, 0};
+    const auto value = [](int64_t n, int64_t j, int64_t i) { return double((n * 3 + j) * 5 + i % 7) / 8 - 1; };
+    for (int64_t n = 0; n < pr.N; ++n)
+      for (int64_t j = 0; j < pr.p; ++j)
+        for (int64_t i = 0; i < pr.S; ++i) *zm.at(n, j, i) = to_type<bf16>(value(n, j, i)), *gm.at(n, j, i) = to_type<bf16>(1);
+    host_runner().device = machines[0].device, host_runner().settings = {};
+    ModulateForward<bf16> f{pr, {nullptr, nullptr, scale, shift}, {zm.data, zm.image, zm.channel, zm.position}, om, state, nullptr, {}};
+    host_kernels<bf16>().modulate_forward(f);
+    float dstate[2], dscale[3], dshift[3];
+    int wrong = 0;
+    for (const bool backward : {false, true}) {
+      if (backward) {  // dz goes where out was
+        ModulateBackward<bf16> b{
+            pr,     f.weights, f.z, {gm.data, gm.image, gm.channel, gm.position}, om, state, nullptr, dstate, nullptr, nullptr, dscale,
+            dshift, nullptr,   {}};
+        host_kernels<bf16>().modulate_backward(b);
+      }
+      for (int64_t n = 0; n < pr.N; ++n)
+        for (int64_t j = 0; j < pr.p; ++j)
+          for (int64_t i = 0; i < pr.S; ++i) {
+            const double pre = value(n, j, i) * scale[j] + shift[j], right = backward ? (pre > 0 ? scale[j] : 0) : std::max(pre, 0.0);
+            wrong += std::fabs(to_double(*om.at(n, j, i)) - right) > 0x1p-8 * std::fabs(right);
+          }
+    }
+    ++report.calls;
+    if (wrong != 0) ++report.failures, std::printf("FAILED far map, %s: %d elements\n", last ? "channels_last" : "contiguous", wrong);
+  }
+  std::printf("  far maps          offsets past 2^31 elements\n");
+}
+#endif
+
+}  // namespace
+}  // namespace vcr_test
+
+int main(int count, char** arguments) {
+  using namespace vcr_test;
+  int every = 1;
+  for (int i = 1; i + 1 < count; i += 2)
+    if (std::string(arguments[i]) == "--every")
+      every = std::atoi(arguments[i + 1]);
+    else if (std::string(arguments[i]) == "--small")
+      small = std::atoi(arguments[i + 1]);
+    else
+      return 2;
+  if (every < 1 || count % 2 == 0) return 2;
+  Report report;
+  check_op<Middle>(middle_cases(), every, report);
+  check_op<Sample>(sample_cases(), every, report);
+  check_op<Reason>(reason_cases(), every, report);
+  check_op<Modulate>(modulate_cases(), every, report);
+  check_empty<float>(report);
+  check_empty<f16>(report);
+#if !defined(__SANITIZE_THREAD__)  // faults end it: run.sh has them one by one
+  check_far(report);
+  check_faults(report);
+#endif
+  return report.failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The CUDA kernels executed on the host, without torch and without CUDA: builds the tests and runs them. Exits with non-zero status when a
+# check fails.
+#
+#   tests/kernels/cuda/run.sh [MODE...]     default: plain
+#
+#   plain   optimised
+#   asan    AddressSanitizer and UndefinedBehaviorSanitizer
+#   tsan    ThreadSanitizer, to which a kernel's threads are threads: a missing barrier is a race
+#   all     all of these
+#
+# CXX is the compiler, MAX_JOBS the compile jobs at a time. Objects stay in build/kernels and are made anew when a source is newer.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+here=tests/kernels/cuda
+jobs=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
+compiler=${CXX:-c++}
+common=(-std=c++17 -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Icsrc -Itests/kernels/cpu -I$here)
+
+die() {
+  printf '%s\n' "$@" >&2
+  exit 1
+}
+
+# compile NAME COMPILER_OPTIONS...: the programs build/kernels/NAME/{driver,layer_test,launch_test}. The reference is always optimised and
+# never instrumented.
+compile() {
+  local name=$1 folder=build/kernels/$1 type source
+  shift
+  mkdir -p "$folder"
+  local stamp="$compiler ${common[*]} $*"
+  [ -f "$folder/options" ] && [ "$(cat "$folder/options")" = "$stamp" ] || rm -f "$folder"/*.o
+  printf '%s\n' "$stamp" >"$folder/options"
+  newest=$(find csrc tests/kernels \( -name '*.h' -o -name '*.cuh' \) -printf '%T@ %p\n' | sort -rn | sed -n '1s/[^ ]* //p')
+  stale() { [ ! -f "$1" ] || [ "$2" -nt "$1" ] || [ "$newest" -nt "$1" ]; }
+  local list=$folder/commands
+  : >"$list"
+  job() { # OBJECT SOURCE OPTIONS...
+    local object=$1 source=$2
+    shift 2
+    ! stale "$object" "$source" || printf '%s -c %s -o %s.new && mv %s.new %s\n' "$compiler ${common[*]} $*" "$source" "$object" "$object" "$object" >>"$list"
+  }
+  for type in float double bf16 f16; do job "$folder/$type.o" "$here/host_kernels.cpp" "$@" "-DVCR_DTYPE=$type"; done
+  for source in layer_test launch_test; do job "$folder/$source.o" "$here/$source.cpp" "$@"; done
+  local plain=() layer=()
+  for option in "$@"; do
+    case $option in -O*) ;; *) plain+=("$option") ;; esac
+    case $option in -fsanitize=thread) layer+=(-DSIMT_TSAN) ;; *) layer+=("$option") ;; esac
+  done
+  job "$folder/simt.o" "$here/simt.cpp" "${layer[@]}"
+  job "$folder/driver.o" "$here/driver.cpp" -O1 "${plain[@]}"
+  for source in reference cases; do job "$folder/$source.o" "tests/kernels/cpu/$source.cpp" -O2; done
+  xargs -P "$jobs" -d '\n' -I{} nice -n 10 bash -c '{}' <"$list" || die "compiling $name failed"
+  $compiler -pthread "${plain[@]}" "$folder"/{float,double,bf16,f16,simt,driver,reference,cases}.o -o "$folder/driver"
+  for source in layer_test launch_test; do $compiler -pthread "${plain[@]}" "$folder"/{simt,$source}.o -o "$folder/$source"; done
+}
+
+# build_and_run NAME COMPILE_OPTIONS... [-- DRIVER_OPTIONS...]
+build_and_run() {
+  local name=$1 options=() start=$SECONDS built
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
+  [ $# = 0 ] || shift
+  compile "$name" "${options[@]}"
+  built=$SECONDS
+  printf '%s (compiled in %d s)\n' "$name" $((built - start))
+  for program in layer_test launch_test; do nice -n 10 "build/kernels/$name/$program" || die "$name: $program FAILED"; done
+  nice -n 10 "build/kernels/$name/driver" "$@" || die "$name: FAILED"
+  printf '%s: passed in %d s\n' "$name" $((SECONDS - built))
+}
+
+# stopped NAME FAULT WORDS: a seeded fault ends the layer's test with a message that has WORDS
+stopped() {
+  local said
+  said=$(nice -n 10 "build/kernels/$1/layer_test" --fault "$2" 2>&1) && die "$1: nothing stopped the seeded fault '$2'"
+  grep -q "$3" <<<"$said" || die "$1: the seeded fault '$2' ended otherwise:" "$said"
+  printf '  seeded fault "%s" is stopped (%s)\n' "$2" "$3"
+}
+
+mode_plain() {
+  build_and_run cuda-plain -O2 -- --every 2
+  for fault in sync cluster_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
+  for fault in index guard; do stopped cuda-plain "$fault" 'outside its shared memory'; done
+  stopped cuda-plain divergent 'different barriers'
+  stopped cuda-plain deadlock 'wait for ever'
+}
+mode_asan() {
+  export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
+  build_and_run cuda-asan -O1 -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
+    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined -- --every 10
+  for fault in index tail guard; do stopped cuda-asan "$fault" 'ERROR: AddressSanitizer'; done
+}
+mode_tsan() {
+  export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
+  build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every 5 --small 1200
+  for fault in sync cluster_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
+}
+
+[ $# -gt 0 ] || set -- plain
+[ "$*" != all ] || set -- plain asan tsan
+for mode in "$@"; do
+  case $mode in
+    plain | asan | tsan) "mode_$mode" ;;
+    *) die "usage: $0 [plain|asan|tsan|all]..." ;;
+  esac
+done
