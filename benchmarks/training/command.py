@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
         for name in ("seeds", "every"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is {getattr(options, name)}; it takes 1 or more")
-        sizes = options.steps, options.batch, options.lr
         settings = [
             Settings(
                 system, dataset, seed, options.steps, options.batch, options.lr, ema=options.ema, dtype=options.dtype

@@ -9,7 +9,7 @@
 #   tsan    ThreadSanitizer, to which a kernel's threads are threads: a missing barrier is a race
 #   all     all of these
 #
-# CXX is the compiler, MAX_JOBS the compile jobs at a time. Objects stay in build/kernels and are made anew when a source is newer.
+# EVERY=n takes every n-th case (1: all of them; default: as many as take about half a minute). CXX is the compiler, MAX_JOBS the compile jobs at a time. Objects stay in build/kernels and are made anew when a source is newer.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 here=tests/kernels/cuda
@@ -78,7 +78,7 @@ stopped() {
 }
 
 mode_plain() {
-  build_and_run cuda-plain -O2 -- --every 2
+  build_and_run cuda-plain -O2 -- --every "${EVERY:-4}"
   for fault in sync cluster_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
   for fault in index guard; do stopped cuda-plain "$fault" 'outside its shared memory'; done
   stopped cuda-plain divergent 'different barriers'
@@ -87,12 +87,12 @@ mode_plain() {
 mode_asan() {
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
   build_and_run cuda-asan -O1 -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
-    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined -- --every 10
+    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined -- --every "${EVERY:-30}"
   for fault in index tail guard; do stopped cuda-asan "$fault" 'ERROR: AddressSanitizer'; done
 }
 mode_tsan() {
   export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
-  build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every 5 --small 1200
+  build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every "${EVERY:-20}" --small 1200
   for fault in sync cluster_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
 }
 
