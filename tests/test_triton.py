@@ -19,6 +19,7 @@ from vcr_ops import backend, library
 from vcr_ops.backend import Case, resolve
 from vcr_ops.ops import dispatch
 from vcr_ops.ops.vcr_middle import op as vcr_middle
+from vcr_ops.triton_common.sizes import sizes_of
 
 
 def why_not(case: Case, monkeypatch: pytest.MonkeyPatch, **gpu: Any) -> str:
@@ -191,14 +192,17 @@ def test_the_gpu_s_key_holds_a_chooser(stand_in: StandIn) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_is_eager(variant: str) -> None:
+def test_compiled_is_eager(variant: str, channels_last: bool) -> None:
     """Through the dispatcher's key, without a graph break. A compiled call goes by the context."""
     from torch._dynamo.backends.debugging import aot_eager
 
     torch.compiler.reset()
     m = middle("triton", **VARIANTS[variant])
     y = feature_map(3, 12, 2, 3)
+    if channels_last:
+        y = y.to(memory_format=torch.channels_last)
     names: list[str] = []
     from vcr_ops.triton_common.launch import hooks
 
@@ -208,10 +212,20 @@ def test_compiled_is_eager(variant: str) -> None:
             eager = results(m, y)
             launched = names.copy()
             names.clear()
-            assert_same(results(m, y, torch.compile(m, fullgraph=True, backend=aot_eager)), eager)
+            compiled = torch.compile(m, fullgraph=True, backend=aot_eager)
+            assert_same(results(m, y, compiled), eager)
+            assert names == launched != []
+            m.eval()
+            with torch.no_grad():
+                assert torch.equal(compiled(y), m(y))
     finally:
         hooks.pop()
-    assert names == launched != []
+
+
+def test_too_many_positions() -> None:
+    y = torch.empty((1, 8, 2**31), device="meta")
+    with pytest.raises(ValueError, match="the map has 2147483648 positions; the Triton kernels take up to 2147418112"):
+        sizes_of(y, (2, 4, 4))
 
 
 @pytest.mark.triton

@@ -104,14 +104,14 @@ def _look_for_triton(device: str, number: int) -> str | None:
         )
     if torch.version.hip:
         name = torch.cuda.get_device_properties(number).gcnArchName.split(":")[0]
-        supported = name.startswith("gfx9")
+        supported = name in ("gfx90a", "gfx942", "gfx950")
     else:
         major, minor = torch.cuda.get_device_capability(number)
         name, supported = f"sm_{major}{minor}", major >= 8
     if not supported:
         return (
-            f"its kernels are for compute capability 8.0 and later (sm_80) and for AMD's gfx9, and {device}:{number} "
-            f"is {name}; use backend='composite'"
+            "its kernels are for compute capability 8.0 and later (sm_80) and for AMD's gfx90a, gfx942 and gfx950, and "
+            f"{device}:{number} is {name}; use backend='composite'"
         )
     return None
 

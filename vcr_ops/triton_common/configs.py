@@ -13,7 +13,8 @@ They stand in ``configs.json``, an ordered list of rules. A rule is an object wi
 A condition that is missing holds for everything, and the first rule whose conditions all hold gives its ``config``. The
 last one has no conditions. ``python -m benchmarks tune`` measures on the GPU at hand and puts rules for it in front.
 
-Nothing is measured at run time: a launch never waits for a tuner, and a CUDA graph can be captured at the first call.
+Nothing is measured at run time: a launch never waits for a tuner. A CUDA graph can be captured after one call of the
+same shapes, N included, which compiles and loads the kernels.
 """
 
 from __future__ import annotations

@@ -47,9 +47,18 @@ class Sizes(NamedTuple):
         }
 
 
+MOST_POSITIONS = 2**31 - 2**16  # and a tile more
+
+
 def sizes_of(y: Tensor, weight: Sequence[int]) -> Sizes:
-    """The sizes of a case; ``weight`` is (C, p, pt)."""
+    """The sizes of a case; ``weight`` is (C, p, pt).
+
+    Raises:
+        ValueError: more positions than the kernels count in 32 bits.
+    """
     concepts, p, pt = weight
+    if positions(y) > MOST_POSITIONS:
+        raise ValueError(f"the map has {positions(y)} positions; the Triton kernels take up to {MOST_POSITIONS}")
     return Sizes(y.shape[0], concepts, p, pt, positions(y), y.element_size(), map_view(y), arch(y.device))
 
 
