@@ -138,7 +138,7 @@ def wait_for_step(path: Path, process: "subprocess.Popen[str]", step: int) -> No
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
     steps = ("--steps", "12")
-    subprocess.run(command(tmp_path / "whole", *steps), cwd=ROOT, env=environment(), check=True, capture_output=True)
+    whole = trained(Settings("vcr", "digits", steps=12, batch=8), tmp_path)
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(folder, *steps), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for_step(folder / "digits-vcr-0.pt", process, 2)
@@ -151,7 +151,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         command(folder, *steps), cwd=ROOT, env=environment(), check=True, capture_output=True, text=True
     )
     assert f"goes on at step {done}" in again.stderr
-    assert losses_in(folder) == losses_in(tmp_path / "whole")
+    assert losses_in(folder) == whole.losses
 
 
 def children_of(parent: int) -> list[int]:
@@ -170,7 +170,7 @@ def children_of(parent: int) -> list[int]:
 @pytest.mark.skipif(not dist.is_available() or not Path("/proc/self/stat").exists(), reason="needs gloo and /proc")
 def test_two_processes_one_of_which_dies(tmp_path: Path) -> None:
     steps = ("--steps", "10", "--dtype", "float64")  # in which rounding stays out of sight
-    subprocess.run(command(tmp_path / "one", *steps), cwd=ROOT, env=environment(), check=True, capture_output=True)
+    alone = trained(Settings("vcr", "digits", steps=10, batch=8, dtype="float64"), tmp_path).losses
     folder = tmp_path / "two"
     start = command(folder, *steps, torchrun=("--nproc-per-node", "2", "--max-restarts", "1"))
     process = subprocess.Popen(start, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -180,7 +180,7 @@ def test_two_processes_one_of_which_dies(tmp_path: Path) -> None:
     assert process.returncode == 0, said
     assert "failed (exitcode: " in said  # torchrun names the first that it sees, or the other, which lost its peer
     assert "goes on at step" in said
-    alone, both = losses_in(tmp_path / "one"), losses_in(folder)
+    both = losses_in(folder)
     assert len(both) == 10
     assert both == pytest.approx(alone, rel=1e-8)
 
