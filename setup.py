@@ -1,22 +1,29 @@
-"""Builds the two native files of vcr_ops; everything else about the package stands in pyproject.toml.
+"""Builds the native files of vcr_ops; everything else about the package stands in pyproject.toml.
 
 ``vcr_ops/_ops.so``
     The op library, on LibTorch's stable ABI: it knows nothing of Python and serves every torch from 2.10 on. The
     kernels' source, ``csrc/cpu/table_isa.cpp``, is compiled once per instruction-set level and feature type.
+``vcr_ops/_cuda.so``
+    The CUDA kernels of the same ops, where nvcc is found. It loads beside any torch, with CUDA or without, and finds
+    what it needs of one with CUDA when it first launches. ``csrc/cuda/instances.cu`` is compiled once per feature type.
 ``vcr_ops/_C.cpython-*.so``
     A small pybind11 module that says what was built in.
 
-All objects of both files go through one ninja run, which follows header dependencies and compiles in parallel.
+All objects of all files go through one ninja run, which follows header dependencies and compiles in parallel.
 Environment:
 
 ``MAX_JOBS``                 compile jobs at a time (default: the cores this process may use)
 ``CXX CXXFLAGS LDFLAGS``     the compiler, and flags added after ours
 ``VCR_OPS_CXX_WERROR=1``     -Wall -Wextra -Werror for our sources
+``VCR_OPS_CUDA=0|1``         leave the CUDA kernels out, or demand them (default: built where nvcc is found)
+``NVCC``                     the CUDA compiler (default: CUDA_HOME's, else nvcc on the path, else /usr/local/cuda's)
+``TORCH_CUDA_ARCH_LIST``     the GPUs to compile for, as torch reads it (default: see DEFAULT_CUDA_ARCHS)
 """
 
 import filecmp
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,6 +69,11 @@ X86_LEVELS: dict[str, list[str]] = {
 ARM_LEVELS: dict[str, list[str]] = {"neon": []}
 LEVELS = {"x86_64": X86_LEVELS, "amd64": X86_LEVELS, "aarch64": ARM_LEVELS, "arm64": ARM_LEVELS}
 DTYPES = ["bf16", "float", "double"]  # in csrc's names; the slowest to compile first
+CUDA_DTYPES = ["double", "float", "bf16", "f16"]
+OLDEST_CUDA_ARCH = (8, 0)
+DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+# Contracted multiply-adds would round differently in both directions: csrc spells them out.
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def stop(problem: str, remedy: str) -> SystemExit:
@@ -137,6 +149,38 @@ def ninja() -> str:
     return found
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler's command, or None where the CUDA kernels are to be left out."""
+    asked = os.environ.get("VCR_OPS_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise stop(f"VCR_OPS_CUDA is {asked!r}.", "Set it to 1 or 0 (with the CUDA kernels or without), or leave it unset.")
+    if asked == "0" or sys.platform != "linux":
+        return None
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    tried = [os.environ.get("NVCC") or "", *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next((path for command in tried if command and (path := shutil.which(command))), None)
+    if found is None and asked == "1":
+        raise stop(
+            "VCR_OPS_CUDA=1 asks for the CUDA kernels, and there is no nvcc.",
+            "Install CUDA's compiler (the CUDA toolkit, 12.8 or later for all GPUs), or name it in NVCC or CUDA_HOME.",
+        )
+    return found
+
+
+def cuda_archs() -> list[str]:
+    """``TORCH_CUDA_ARCH_LIST`` taken apart: "9.0" is code for sm_90, "9.0+PTX" also what later GPUs translate."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+    archs = [arch for arch in re.split(r"[;, ]+", text) if arch]
+    remedy = f"List architectures from 8.0 on, as in {DEFAULT_CUDA_ARCHS!r}, or set VCR_OPS_CUDA=0."
+    for arch in archs:
+        parts = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if parts is None:
+            raise stop(f"TORCH_CUDA_ARCH_LIST is {text!r}, and {arch!r} is no architecture by number.", remedy)
+        if (int(parts[1]), int(parts[2])) < OLDEST_CUDA_ARCH:
+            raise stop(f"TORCH_CUDA_ARCH_LIST is {text!r}, and the CUDA kernels need 8.0 or later.", remedy)
+    return archs
+
+
 def python_includes() -> list[Path]:
     """Include folders of ``_C``: Python's and pybind11's."""
     folders = list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("include", "platinclude")))
@@ -171,19 +215,21 @@ def job_count() -> int:
 
 
 class Object(NamedTuple):
-    """One compiler call; ``name`` is the object's path below the build folder."""
+    """One compiler call; ``name`` is the object's path below the build folder, ``rule`` ninja's: cxx or nvcc."""
 
     name: str
     source: Path
     flags: list[str]
+    rule: str = "cxx"
 
 
 class Library(NamedTuple):
-    """One linker call; ``name`` is the file's name below the build folder."""
+    """One linker call; ``name`` is the file's name below the build folder, ``rule`` ninja's: link or nvcc_link."""
 
     name: str
     objects: list[Object]
     flags: list[str]
+    rule: str = "link"
 
 
 def system_includes(folders: Iterable[Path]) -> list[str]:
@@ -219,9 +265,39 @@ def op_library(torch: Path) -> Library:
     return Library("_ops.so", [*kernels, *others], link)
 
 
-def info_module(version: str) -> Library:
+def cuda_library(torch: Path, archs: list[str]) -> Library:
+    """``_cuda.so``. ``*.cu`` see CUDA and not torch, ``binding*`` sources torch and not CUDA."""
+    gencode = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+        gencode += ["-gencode", f"arch=compute_{number},code={code}"]
+    kernels = [
+        Object(
+            f"cuda/{dtype}.o",
+            CSRC / "cuda/instances.cu",
+            [*gencode, f"-DVCR_DTYPE={dtype}", f"-DVCR_STATES={int(dtype in ('float', 'double'))}"],
+            "nvcc",
+        )
+        for dtype in CUDA_DTYPES
+    ]
+    own = Object("cuda/library.o", CSRC / "cuda/library.cu", gencode, "nvcc")
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *system_includes([torch / "include"])]
+    torch_flags.append(f'-DVCR_CUDA_ARCHS="{", ".join(archs)}"')
+    bindings = [
+        Object(f"cuda/{path.relative_to(CSRC).with_suffix('.o')}", path, torch_flags)
+        for path in sorted([*CSRC.glob("*/binding_cuda.cpp"), CSRC / "binding/cuda.cpp"])
+    ]
+    link = ["-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
+    for option in ("--no-undefined", "--as-needed", f"-rpath-link={torch / 'lib'}"):
+        link += ["-Xlinker", option]
+    return Library("_cuda.so", [*kernels, own, *bindings], link, "nvcc_link")
+
+
+def info_module(version: str, archs: list[str]) -> Library:
     """``_C``."""
     defines = [f'-DVCR_OPS_VERSION="{version}"', f'-DVCR_TORCH_VERSION="{metadata.version("torch")}"']
+    defines.append(f'-DVCR_CUDA_ARCHS="{" ".join(archs)}"')
     flags = ["-O1", *system_includes(python_includes()), *defines]
     link = ["-shared"] if sys.platform == "linux" else ["-shared", "-undefined", "dynamic_lookup"]
     return Library(
@@ -231,7 +307,7 @@ def info_module(version: str) -> Library:
     )
 
 
-def ninja_file(command: list[str], libraries: list[Library]) -> str:
+def ninja_file(command: list[str], cuda: str | None, libraries: list[Library]) -> str:
     def path(text: object) -> str:
         return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -251,14 +327,32 @@ def ninja_file(command: list[str], libraries: list[Library]) -> str:
         f"  command = {shell(command)} -o $out $in $flags",
         "  description = link $out",
     ]
+    extra = {"cxx": compile_extra, "link": link_extra, "nvcc": [], "nvcc_link": []}
+    if cuda is not None:
+        host = [cuda, "-ccbin", command[0]]
+        # What ptxas says of registers and spills is kept beside the object.
+        lines += [
+            "rule nvcc",
+            f"  command = {shell([*host, *NVCC_FLAGS])} -Xptxas -v $flags -MD -MF $out.d -c $in -o $out "
+            ">$out.ptxas 2>&1 || { cat $out.ptxas; exit 1; }",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule nvcc_link",
+            f"  command = {shell(host)} -o $out $in $flags",
+            "  description = link $out",
+        ]
     for library in libraries:
         for each in library.objects:
             lines += [
-                f"build {path(each.name)}: cxx {path(SEEN_CSRC / each.source.relative_to(CSRC))}",
-                f"  flags = {shell([*each.flags, *compile_extra])}",
+                f"build {path(each.name)}: {each.rule} {path(SEEN_CSRC / each.source.relative_to(CSRC))}",
+                f"  flags = {shell([*each.flags, *extra[each.rule]])}",
             ]
         objects = " ".join(path(each.name) for each in library.objects)
-        lines += [f"build {path(library.name)}: link {objects}", f"  flags = {shell([*library.flags, *link_extra])}"]
+        lines += [
+            f"build {path(library.name)}: {library.rule} {objects}",
+            f"  flags = {shell([*library.flags, *extra[library.rule]])}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -269,13 +363,20 @@ class BuildNative(build_ext):
     """Runs ninja over everything at once, in a folder that outlives pip's temporary ones."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("_ops"):
+        if fullname.endswith(("_ops", "_cuda")):
             return str(Path(*fullname.split("."))) + ".so"  # not tied to a Python
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        libraries = [op_library(torch_root()), info_module(self.distribution.get_version())]
-        text = ninja_file(compiler(), libraries)
+        torch, cuda = torch_root(), nvcc()
+        archs = cuda_archs() if cuda else []
+        libraries = {
+            "vcr_ops._ops": op_library(torch),
+            "vcr_ops._C": info_module(self.distribution.get_version(), archs),
+        }
+        if cuda:
+            libraries["vcr_ops._cuda"] = cuda_library(torch, archs)
+        text = ninja_file(compiler(), cuda, list(libraries.values()))
         kind = "-strict" if strict() else ""  # apart, so that neither build makes the other start anew
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,8 +385,10 @@ class BuildNative(build_ext):
             plan.write_text(text)
         if subprocess.run([ninja(), "-C", str(folder), "-j", str(job_count())]).returncode != 0:
             raise stop("a compiler or linker call failed.", "What it said stands above, under FAILED.")
-        for extension, library in zip(self.extensions, libraries, strict=True):
-            put(folder / library.name, Path(self.get_ext_fullpath(extension.name)))
+        for name, library in libraries.items():
+            put(folder / library.name, Path(self.get_ext_fullpath(name)))
+        if not cuda:  # what an earlier build left would not be what _C tells of
+            Path(self.get_ext_fullpath("vcr_ops._cuda")).unlink(missing_ok=True)
 
 
 def put(built: Path, target: Path) -> None:
@@ -313,6 +416,7 @@ if __name__ == "__main__":
             f"Install the build tools:\n    {INSTALL}",
         )
     setup(
+        # _cuda.so, which not every build makes, is a further file that build_ext puts beside these.
         ext_modules=[Extension("vcr_ops._ops", []), Extension("vcr_ops._C", [])],
         cmdclass={"build_ext": BuildNative, "dist_info": DistInfo},
     )

@@ -2,8 +2,8 @@
 
 A backend is named by the keyword ``backend=`` of a function or module, else by the context manager
 :func:`use_backend`, else by the environment variable ``VCR_OPS_BACKEND`` (read when vcr_ops is imported). Where all of
-them say "auto" or nothing, the device decides: the C++ ops for CPU tensors, Triton's for CUDA and ROCm tensors,
-``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
+them say "auto" or nothing, the device decides: the C++ ops for CPU tensors; for CUDA tensors Triton's or CUDA C++'s,
+whichever was measured to be the faster (:mod:`vcr_ops.faster`); Triton's for ROCm tensors; ``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
 can't run raises, and "auto" never falls back because something is missing or fails: on a GPU without Triton it raises,
 too, and says what to do.
 """
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import library
+from .faster import UNMEASURED, Size, arch_of, faster, size_of
 
 ENVIRONMENT = os.environ.get("VCR_OPS_BACKEND", "")
 # Triton's own switch, as Triton reads it: kernels run as Python, on tensors of any device.
@@ -32,13 +33,15 @@ class Case(NamedTuple):
     """What a backend's ability depends on.
 
     ``device``: a device type, as "cpu". ``tracing``: "" or what is rewriting the op, as :func:`tracing`
-    says. ``number``: which device of its type. ``fake``: the tensors have no memory, so nothing will run.
+    says. ``number``: which device of its type. ``fake``: the tensors have no memory, so nothing will run. ``size``: of
+    the map, where a GPU's backends are to be compared.
     """
 
     device: str
     tracing: str = ""
     number: int = 0
     fake: bool = False
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,51 @@ def _triton_why_not(case: Case) -> str | None:
     return library.why_not() or (None if case.fake or case.device == "meta" else _no_triton(case.device, case.number))
 
 
+def _cuda_why_not(case: Case) -> str | None:
+    if case.tracing:
+        return f"{case.tracing} can't look into the CUDA kernels; use backend='composite'"
+    if case.device not in ("cuda", "meta"):
+        other = "cpp" if case.device == "cpu" else "composite"
+        return f"its kernels are for CUDA tensors, and these are on {case.device!r}; use backend={other!r}"
+    if torch.version.hip:
+        return "its kernels are for CUDA, and this PyTorch is built for ROCm; use backend='triton'"
+    if case.fake or case.device == "meta":
+        return library.why_not()
+    return library.cuda_why_not() or _not_built_for(case.number)
+
+
+def _not_built_for(number: int) -> str | None:
+    """Why the CUDA kernels don't run on a device: compiled for other architectures."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU here; look at what nvidia-smi says, or use backend='composite'"
+    major, minor = torch.cuda.get_device_capability(number)
+    archs = library.cuda_archs()
+    if runs_on(archs, major, minor):
+        return None
+    return (
+        f"its kernels are compiled for {', '.join(archs)}, and cuda:{number} is {major}.{minor}; build it again with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}, or use backend='triton'"
+    )
+
+
+def runs_on(archs: list[str], major: int, minor: int) -> bool:
+    """True where code for ``archs`` (as in ``TORCH_CUDA_ARCH_LIST``) runs on a compute capability.
+
+    Machine code runs within its major version from its minor one on (on its own alone where it ends in a or f); PTX on
+    all that is later.
+    """
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        built = tuple(int(part) for part in number.rstrip("af").split("."))
+        if number[-1] in "af":
+            if built == (major, minor):
+                return True
+        elif (built[0] == major and built[1] <= minor) or (arch.endswith("+PTX") and built <= (major, minor)):
+            return True
+    return False
+
+
+_not_built_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _checked: dict[tuple[str, int], str | None] = {}
 
 
@@ -121,11 +169,12 @@ BACKENDS = {
     for backend in (
         Backend("cpp", ("cpu",), "fused C++ kernels, the fewest passes over the map", _cpp_why_not),
         Backend("triton", ("cuda",), "fused Triton kernels, the fewest passes over the map", _triton_why_not),
+        Backend("cuda", ("cuda",), "fused CUDA C++ kernels, the fewest passes over the map", _cuda_why_not),
         Backend("composite", (), "the folded algebra in PyTorch ops, differentiable twice", _composite_why_not),
     )
 }
 NAMES = ("auto", *BACKENDS)
-_CPP, _TRITON, _COMPOSITE = BACKENDS.values()
+_CPP, _TRITON, _CUDA, _COMPOSITE = BACKENDS.values()
 
 
 class _Context(threading.local):
@@ -145,7 +194,7 @@ class use_backend(ContextDecorator):
     """Context manager: run the ops of this thread on a backend, where the keyword ``backend`` doesn't name another.
 
     Args:
-        name: "cpp", "triton", "composite", or "auto" for the device's own, also within another ``use_backend``.
+        name: "cpp", "triton", "cuda", "composite", or "auto" for the device's own, also within another ``use_backend``.
     Raises:
         ValueError: an unknown name.
     """
@@ -180,7 +229,11 @@ def case_of(z: Tensor) -> Case:
     rewriting = tracing()
     if z.is_cpu and not rewriting:
         return _CPU  # the hot path makes no objects
-    return Case(z.device.type, rewriting, z.device.index or 0, _is_fake(z))
+    fake = _is_fake(z)
+    # A compiled call makes the choice when it runs (ops/dispatch.py): sizes may be symbols here.
+    known = z.is_cuda and not fake and not torch.compiler.is_compiling()
+    size = size_of(z, torch.is_grad_enabled()) if known else None
+    return Case(z.device.type, rewriting, z.device.index or 0, fake, size)
 
 
 def _is_fake(z: Tensor) -> bool:
@@ -208,8 +261,20 @@ def choose(requested: str | None, case: Case) -> tuple[Backend, str]:
     if case.tracing:
         return _COMPOSITE, f"auto takes it under {case.tracing}, which can't look into the fused ops"
     if case.device == "cuda":
-        return _TRITON, "auto takes it for CUDA and ROCm tensors"
+        if case.size is None or torch.version.hip:
+            return _TRITON, "auto takes it for CUDA and ROCm tensors"
+        return fastest(case.number, case.size)
     return _CPP, "auto takes it for CPU tensors"
+
+
+def fastest(number: int, size: Size) -> tuple[Backend, str]:
+    """The backend that "auto" takes for CUDA tensors, and why."""
+    arch = arch_of(number)
+    name = faster(arch, size)
+    if name is None:
+        why = f"auto takes it for CUDA tensors: on {arch} no other was measured at such sizes"
+        return BACKENDS[UNMEASURED], why
+    return BACKENDS[name], f"auto takes it: the fastest at the nearest size that was measured on {arch}"
 
 
 def named() -> str:

@@ -1,6 +1,7 @@
-"""The C++ op library ``_ops.so``: loads it, and says what to do where it can't be had.
+"""The op libraries ``_ops.so`` (C++) and ``_cuda.so`` (CUDA): loads them, and says what to do where they can't be had.
 
-``import vcr_ops`` works without the library (the composite backend needs none).
+``import vcr_ops`` works without the libraries (the composite backend needs none). The CUDA kernels are loaded where
+PyTorch is built for CUDA; that needs no GPU and no driver.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).with_name("_ops.so")
+CUDA_PATH = Path(__file__).with_name("_cuda.so")
 OPS = tuple(
     op + suffix
     for op in ("concept_sample", "concept_reason", "concept_modulate", "vcr_middle")
@@ -26,6 +28,8 @@ _REBUILD = "build it with `pip install --no-build-isolation .` (or `python setup
 _registrations: list[Callable[[], None]] = []
 _loaded = False
 _problem: str | None = None
+_cuda_loaded = False
+_cuda_problem: str | None = "the C++ ops, which have the schemas, aren't loaded"
 
 
 def has_library() -> bool:
@@ -39,6 +43,23 @@ def why_not() -> str | None:
         return None
     load()
     return _problem
+
+
+def has_cuda() -> bool:
+    """True where the CUDA kernels are loaded."""
+    return _cuda_loaded
+
+
+def cuda_why_not() -> str | None:
+    """None where the CUDA kernels are loaded, else what is wrong and what to do."""
+    return why_not() or _cuda_problem
+
+
+def cuda_archs() -> list[str]:
+    """The GPUs that the CUDA kernels were compiled for, as in ``TORCH_CUDA_ARCH_LIST``: ["8.0", "10.0+PTX"]."""
+    from . import _C  # type: ignore[attr-defined]
+
+    return list(_C.build_info()["cuda_archs"])
 
 
 def on_load(register: Callable[[], None]) -> Callable[[], None]:
@@ -72,8 +93,27 @@ def load() -> None:
         return
     check_isa()
     _loaded, _problem = True, None
+    _load_cuda()
     for register in _registrations:
         register()
+
+
+def _load_cuda() -> None:
+    global _cuda_loaded, _cuda_problem
+    if not torch.backends.cuda.is_built() or torch.version.hip:
+        _cuda_problem = f"this PyTorch ({torch.__version__}) is built without CUDA; install one that has it"
+    elif not CUDA_PATH.is_file():
+        _cuda_problem = (
+            f"its kernels aren't built ({CUDA_PATH} is missing); install nvcc and build with "
+            "`VCR_OPS_CUDA=1 pip install --no-build-isolation .`"
+        )
+    else:
+        try:
+            torch.ops.load_library(str(CUDA_PATH))
+        except OSError as error:
+            _cuda_problem = f"{CUDA_PATH} doesn't load ({error}); {_REBUILD}"
+        else:
+            _cuda_loaded, _cuda_problem = True, None
 
 
 def isa_levels() -> list[str]:

@@ -2,8 +2,7 @@
 #include <chrono>
 #include <cstdlib>
 
-#include "../cpu/isa.h"
-#include "unpack.h"
+#include "cpu.h"
 
 namespace vcr {
 namespace {

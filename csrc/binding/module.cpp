@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,9 @@ namespace py = pybind11;
 #ifndef VCR_TORCH_VERSION
 #define VCR_TORCH_VERSION "unknown"
 #endif
+#ifndef VCR_CUDA_ARCHS
+#define VCR_CUDA_ARCHS ""
+#endif
 #ifndef VCR_OPS_VERSION
 #define VCR_OPS_VERSION "unknown"
 #endif
@@ -26,6 +31,11 @@ namespace {
 template <int count>
 std::vector<std::string> list(const char* const (&names)[count]) {
   return {names, names + count};
+}
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream in(text);
+  return {std::istream_iterator<std::string>(in), {}};
 }
 
 py::dict variants() {
@@ -50,7 +60,7 @@ py::dict build_info() {
       __VERSION__);
   out["isa_levels"] = std::vector<std::string>{VCR_LEVELS};
   out["dtypes"] = std::vector<std::string>{"float32", "float64", "bfloat16"};
-  out["cuda_archs"] = std::vector<std::string>{};
+  out["cuda_archs"] = words(VCR_CUDA_ARCHS);
   out["variants"] = variants();
   return out;
 }

@@ -1,5 +1,5 @@
-// From torch's tensors to pointers and strides. No arithmetic here; the checks guard memory only (users' errors are raised in
-// Python, before the op).
+// From torch's tensors to pointers and strides, on any device: cpu.h and cuda.h have what differs. No arithmetic here; the checks guard
+// memory only (users' errors are raised in Python, before the op).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,16 +37,17 @@ constexpr ScalarType scalar_type() {
   return sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 }
 
-// f(T{}) with the feature type of `map`.
-template <class F>
-auto dispatch(const Tensor& map, F f) {
-  require(map.is_cpu(), "the C++ kernels take CPU tensors");
-  switch (map.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(bf16{});
-    default: throw std::invalid_argument("vcr_ops: features are float32, float64 or bfloat16");
-  }
+// A device as the C shim names it.
+struct Place {
+  int32_t type, index;
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+inline Place place_of(const Tensor& t) {
+  if (t.is_cpu()) return {aoti_torch_device_type_cpu(), 0};
+  Place place{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &place.index));
+  return place;
 }
 
 constexpr int64_t max_rank = 16;
@@ -98,30 +99,33 @@ inline Problem problem_of(const MapShape& y, const Tensor& value) {
 
 inline Tensor dense_contiguous(const Tensor& t) { return torch::stable::contiguous(t); }
 
-// A new tensor on the CPU, by the C shim that stable::new_empty would reach through the dispatcher's table of names (1 us each).
-inline Tensor new_tensor(const int64_t* size, const int64_t* stride, int64_t rank, ScalarType type) {
+// A new tensor, by the C shim that stable::new_empty would reach through the dispatcher's table of names (1 us each).
+inline Tensor new_tensor(Place place, const int64_t* size, const int64_t* stride, int64_t rank, ScalarType type) {
   AtenTensorHandle handle;
   const int32_t code = type == ScalarType::Double     ? aoti_torch_dtype_float64()
                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                       : type == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                                                       : aoti_torch_dtype_float32();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, code, place.type, place.index, &handle));
   return Tensor(handle);
 }
-inline Tensor new_contiguous(const int64_t* size, int64_t rank, ScalarType type) {
+inline Tensor new_contiguous(Place place, const int64_t* size, int64_t rank, ScalarType type) {
   require(rank <= max_rank, "too many dimensions");
   int64_t stride[max_rank];
   for (int64_t d = rank - 1, next = 1; d >= 0; --d) {
     stride[d] = next;
     next *= size[d] > 1 ? size[d] : 1;
   }
-  return new_tensor(size, stride, rank, type);
+  return new_tensor(place, size, stride, rank, type);
 }
 
 // A new map of `like`'s sizes and dtype, dense, channels_last where `shape` is.
 inline Tensor new_map(const Tensor& like, const MapShape& shape) {
   const auto size = like.sizes();
   const int64_t rank = int64_t(size.size());
-  if (!shape.channels_last) return new_contiguous(size.data(), rank, like.scalar_type());
+  const Place place = place_of(like);
+  if (!shape.channels_last) return new_contiguous(place, size.data(), rank, like.scalar_type());
   require(rank <= max_rank, "too many dimensions");
   int64_t stride[max_rank];
   stride[1] = 1;
@@ -131,7 +135,7 @@ inline Tensor new_map(const Tensor& like, const MapShape& shape) {
     next *= size[d] > 1 ? size[d] : 1;
   }
   stride[0] = next;
-  return new_tensor(size.data(), stride, rank, like.scalar_type());
+  return new_tensor(place, size.data(), stride, rank, like.scalar_type());
 }
 
 // A map to read: in place where the kernels can walk it, else through one dense copy.
@@ -148,6 +152,7 @@ class MapInput {
     require(shape_.N == other.shape_.N && shape_.channels == other.shape_.channels && shape_.S == other.shape_.S,
             "grad_out's size differs from the map's");
     require(t.scalar_type() == other.tensor_.scalar_type(), "grad_out's dtype differs from the map's");
+    require(place_of(t) == place_of(other.tensor_), "grad_out's device differs from the map's");
     const bool same = shape_.in_place && shape_.channels_last == other.shape_.channels_last;
     if (!same) {
       tensor_ = new_map(other.tensor_, other.shape_);
@@ -176,21 +181,23 @@ Map<T> output_map(Tensor& t) {
   return {static_cast<T*>(t.mutable_data_ptr()), shape.image, shape.channel, shape.position};
 }
 
-// Parameters in accumulation type: as they lie where they have it already, converted otherwise.
-template <class A>
+// Parameters in accumulation type: as they lie where they have it already, converted otherwise. `Device` is Cpu or Cuda.
+template <class A, class Device>
 class Params {
  public:
+  explicit Params(Device& device) : device_(device) {}
   const A* operator()(const OptionalTensor& t, int64_t count, const char* name) {
     return t.has_value() ? (*this)(*t, count, name) : nullptr;
   }
   const A* operator()(const Tensor& t, int64_t count, const char* name) {
-    require(t.numel() == count && t.is_cpu(), name);
+    require(t.numel() == count && device_.has(t), name);
     if (t.scalar_type() == scalar_type<A>() && t.is_contiguous()) return static_cast<const A*>(t.const_data_ptr());
-    held_.push_back(torch::stable::contiguous(torch::stable::to(t, scalar_type<A>())));
+    held_.push_back(device_.converted(torch::stable::contiguous(t), scalar_type<A>()));
     return static_cast<const A*>(held_.back().const_data_ptr());
   }
 
  private:
+  Device& device_;
   std::vector<Tensor> held_;
 };
 
@@ -199,30 +206,20 @@ A* data(Tensor& t) {
   return static_cast<A*>(t.mutable_data_ptr());
 }
 template <class A>
-Tensor new_small(std::initializer_list<int64_t> size) {
-  return new_contiguous(size.begin(), int64_t(size.size()), scalar_type<A>());
+Tensor new_small(Place place, std::initializer_list<int64_t> size) {
+  return new_contiguous(place, size.begin(), int64_t(size.size()), scalar_type<A>());
 }
 // A gradient in accumulation type; 0 elements where the parameter is absent.
 template <class A>
-Tensor new_gradient(const OptionalTensor& parameter) {
-  if (!parameter.has_value()) return new_small<A>({0});
+Tensor new_gradient(Place place, const OptionalTensor& parameter) {
+  if (!parameter.has_value()) return new_small<A>(place, {0});
   const auto size = parameter->sizes();
-  return new_contiguous(size.data(), int64_t(size.size()), scalar_type<A>());
+  return new_contiguous(place, size.data(), int64_t(size.size()), scalar_type<A>());
 }
-inline Tensor in_type_of(Tensor gradient, const OptionalTensor& parameter) {
+template <class Device>
+Tensor in_type_of(Device& device, const Tensor& gradient, const OptionalTensor& parameter) {
   if (!parameter.has_value() || parameter->scalar_type() == gradient.scalar_type()) return gradient;
-  return torch::stable::to(gradient, parameter->scalar_type());
+  return device.converted(gradient, parameter->scalar_type());
 }
-
-// PyTorch's own thread pool.
-inline Parallel torch_pool() {
-  return {[](int64_t count, Parallel::Body body, void* context) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          int(torch::stable::get_num_threads())};
-}
-
-// Where the environment variable VCR_OPS_PROFILE is set, the clock that each pass reports to; started by this call.
-PassClock pass_clock();
 
 }  // namespace vcr

@@ -23,6 +23,4 @@ struct accumulator<double> {
 template <class T>
 using acc_t = typename accumulator<T>::type;
 
-enum class DType { float32, float64, bfloat16 };
-
 }  // namespace vcr

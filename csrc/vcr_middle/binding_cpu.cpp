@@ -1,159 +1,9 @@
-// torch.ops.vcr_ops.vcr_middle and its backward: schemas and CPU kernels.
-#include <memory>
-
-#include "../binding/unpack.h"
-#include "../cpu/isa.h"
-#include "args.h"
+// torch.ops.vcr_ops.vcr_middle and its backward: schemas, and the CPU's kernels; and its single steps, which the CPU alone has.
+#include "../binding/cpu.h"
+#include "binding.h"
 
 namespace vcr {
 namespace {
-
-MiddleOptions options_of(const std::string& norm, const std::string& sampler, const std::string& edges, const std::string& modulation) {
-  MiddleOptions o;
-  o.norm = variant<Norm>(norm_names, norm, "norm");
-  o.sampler = variant<Sampler>(sampler_names, sampler, "sampler");
-  o.edges = variant<Edges>(edges_names, edges, "edges");
-  o.modulation = variant<Modulation>(modulation_names, modulation, "modulation");
-  require(o.modulation == Modulation::channel || o.sampler != Sampler::pool, "pixel modulation needs an attention sampler");
-  return o;
-}
-
-// The learned parameters, as both directions take them.
-struct Learned {
-  const OptionalTensor &norm_weight, &norm_bias;
-  const Tensor& value;
-  const OptionalTensor &query, &key, &logit, &edge, &state_weight, &state_bias, &scale_weight, &shift_weight;
-  const Tensor &scale_bias, &shift_bias;
-
-  template <class A>
-  MiddleParams<A> unpack(Params<A>& get, const Problem& pr, const MiddleOptions& o) const {
-    const int64_t CP = pr.channels(), weights = CP * pr.pt;
-    MiddleParams<A> p{};
-    p.norm_weight = get(norm_weight, CP, "norm_weight");
-    p.norm_bias = get(norm_bias, CP, "norm_bias");
-    p.value = get(value, weights, "value");
-    if (o.sampler == Sampler::dynamic_query) {
-      require(query.has_value() && key.has_value(), "the dynamic sampler takes query and key");
-      p.query = get(query, weights, "query");
-      p.key = get(key, weights, "key");
-    }
-    if (o.sampler == Sampler::static_query) {
-      require(logit.has_value(), "the static sampler takes logit");
-      p.logit = get(logit, CP, "logit");
-    }
-    if (o.edges != Edges::none) {
-      require(edge.has_value(), "dynamic and static edges take edge");
-      p.edge = get(edge, o.edges == Edges::dynamic_edges ? pr.pt * pr.C : pr.C * pr.C, "edge");
-    }
-    p.state_weight = get(state_weight, pr.pt, "state_weight");
-    p.state_bias = get(state_bias, pr.pt, "state_bias");
-    p.scale_weight = get(scale_weight, weights, "scale_weight");
-    p.shift_weight = get(shift_weight, weights, "shift_weight");
-    p.scale_bias = get(scale_bias, CP, "scale_bias");
-    p.shift_bias = get(shift_bias, CP, "shift_bias");
-    return p;
-  }
-};
-
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalTensor& norm_var, const OptionalTensor& norm_weight,
-               const OptionalTensor& norm_bias, const Tensor& value, const OptionalTensor& query, const OptionalTensor& key,
-               const OptionalTensor& logit, const OptionalTensor& edge, const OptionalTensor& state_mean, const OptionalTensor& state_var,
-               const OptionalTensor& state_weight, const OptionalTensor& state_bias, const OptionalTensor& scale_weight,
-               const OptionalTensor& shift_weight, const Tensor& scale_bias, const Tensor& shift_bias, const std::string norm,
-               double norm_eps, double state_eps, const std::string sampler, const std::string edges, const std::string modulation,
-               bool save) {
-  return dispatch(y, [&](auto type) -> Forward {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    const MapInput map(y);
-    MiddleForward<T> f;
-    f.problem = problem_of(map.shape(), value);
-    const Problem& pr = f.problem;
-    f.options = options_of(norm, sampler, edges, modulation);
-    f.options.state_batch = !state_mean.has_value();
-    f.options.save = save;
-    f.options.norm_eps = norm_eps;
-    f.options.state_eps = state_eps;
-    Params<A> get;
-    f.params = Learned{norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                       state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias}
-                   .template unpack<A>(get, pr, f.options);
-    const bool batch = f.options.norm == Norm::batch;
-    if (f.options.norm == Norm::given) {
-      require(norm_mean.has_value() && norm_var.has_value(), "norm 'given' takes norm_mean and norm_var");
-      f.params.norm_mean = get(norm_mean, pr.channels(), "norm_mean");
-      f.params.norm_var = get(norm_var, pr.channels(), "norm_var");
-    }
-    if (!f.options.state_batch) {
-      require(state_var.has_value(), "state_mean comes with state_var");
-      f.params.state_mean = get(state_mean, pr.pt, "state_mean");
-      f.params.state_var = get(state_var, pr.pt, "state_var");
-    }
-    Tensor out = new_map(map.tensor(), map.shape());
-    const int64_t size = MiddleSaved<A>::size(pr, save);
-    Tensor saved = new_small<A>({save ? size : 0});
-    const std::unique_ptr<A[]> unsaved(save ? nullptr : new A[size_t(size)]);  // of no use to a caller: spares a tensor
-    const int64_t channels = batch ? pr.channels() : 0, states = f.options.state_batch ? pr.pt : 0;
-    Tensor mean = new_small<A>({channels}), variance = new_small<A>({channels});
-    Tensor batch_state_mean = new_small<A>({states}), batch_state_var = new_small<A>({states});
-    f.y = map.template map<T>();
-    f.out = output_map<T>(out);
-    f.saved = save ? data<A>(saved) : unsaved.get();
-    f.norm_mean = data<A>(mean), f.norm_var = data<A>(variance);
-    f.state_mean = data<A>(batch_state_mean), f.state_var = data<A>(batch_state_var);
-    f.pool = torch_pool();
-    f.clock = pass_clock();
-    kernels<T>().middle_forward(f);
-    return {out, mean, variance, batch_state_mean, batch_state_var, saved};
-  });
-}
-
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Backward middle_backward(const Tensor& grad_out, const Tensor& y, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                         const Tensor& value, const OptionalTensor& query, const OptionalTensor& key, const OptionalTensor& logit,
-                         const OptionalTensor& edge, const OptionalTensor& state_weight, const OptionalTensor& state_bias,
-                         const OptionalTensor& scale_weight, const OptionalTensor& shift_weight, const Tensor& scale_bias,
-                         const Tensor& shift_bias, const Tensor& saved, const std::string norm, bool state_batch, const std::string sampler,
-                         const std::string edges, const std::string modulation) {
-  return dispatch(y, [&](auto type) -> Backward {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    const MapInput map(y), grad(grad_out, map);
-    MiddleBackward<T> f;
-    f.problem = problem_of(map.shape(), value);
-    const Problem& pr = f.problem;
-    f.options = options_of(norm, sampler, edges, modulation);
-    f.options.state_batch = state_batch;
-    require(saved.numel() == MiddleSaved<A>::size(pr, true) && saved.scalar_type() == scalar_type<A>(), "saved has another size or dtype");
-    Params<A> get;
-    f.params = Learned{norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                       state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias}
-                   .template unpack<A>(get, pr, f.options);
-    Tensor dy = new_map(map.tensor(), map.shape());
-    f.y = map.template map<T>();
-    f.grad_out = grad.template map<T>();
-    f.dy = output_map<T>(dy);
-    f.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
-    const OptionalTensor parameters[] = {norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                                         state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias};
-    Tensor g[13];
-    for (int i = 0; i < 13; ++i) g[i] = new_gradient<A>(parameters[i]);
-    const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
-    // the batch norm of states always reports its sums, also where it has no weights
-    Tensor unused = new_small<A>({2 * pr.pt});
-    f.grads = {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9), to(10), to(11), to(12)};
-    if (f.grads.state_weight == nullptr) f.grads.state_weight = data<A>(unused);
-    if (f.grads.state_bias == nullptr) f.grads.state_bias = data<A>(unused) + pr.pt;
-    f.pool = torch_pool();
-    f.clock = pass_clock();
-    kernels<T>().middle_backward(f);
-    for (int i = 0; i < 13; ++i) g[i] = in_type_of(g[i], parameters[i]);
-    return {dy, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12]};
-  });
-}
 
 // The ops that make the passes one by one, so that statistics can be exchanged between processes in between.
 
@@ -168,17 +18,17 @@ Norm known_norm(const MiddleOptions& o) {
 }
 
 Tensor middle_stats(const Tensor& y, int64_t concepts) {
-  return dispatch(y, [&](auto type) -> Tensor {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Tensor {
     using T = decltype(type);
     const MapInput map(y);
     require(concepts > 0 && map.shape().channels % concepts == 0, "concepts doesn't divide y's channels");
     MiddleStats<T> f;
     f.problem = {map.shape().N, concepts, map.shape().channels / concepts, 1, map.shape().S};
-    Tensor moments = new_small<double>({2, map.shape().channels});
+    Tensor moments = new_small<double>(device.place(), {2, map.shape().channels});
     f.y = map.template map<T>();
     f.moments = data<double>(moments);
-    f.pool = torch_pool();
-    kernels<T>().middle_stats(f);
+    device.run(f);
     return moments;
   });
 }
@@ -190,7 +40,8 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
                      const OptionalTensor& logit, const OptionalTensor& edge, const Tensor& scale_bias, const Tensor& shift_bias,
                      const std::string norm, double norm_eps, const std::string sampler, const std::string edges,
                      const std::string modulation) {
-  return dispatch(y, [&](auto type) -> States {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> States {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y);
@@ -201,7 +52,7 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
     f.options = options_of(norm, sampler, edges, modulation);
     f.options.norm_eps = norm_eps;
     f.step = ForwardStep::states;
-    Params<A> get;
+    Params<A, Cpu> get(device);
     f.params =
         Learned{norm_weight, norm_bias, value, query, key, logit, edge, none, none, none, none, scale_bias, shift_bias}.template unpack<A>(
             get, pr, f.options);
@@ -210,15 +61,13 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
       f.params.norm_mean = get(norm_mean, pr.channels(), "norm_mean");
       f.params.norm_var = get(norm_var, pr.channels(), "norm_var");
     }
-    Tensor saved = new_small<A>({MiddleSaved<A>::size(pr, true) - MiddleSaved<A>::late_size(pr)});
-    Tensor moments = new_small<double>({2, pr.pt}), late = new_small<A>({MiddleSaved<A>::late_size(pr)});  // late: of no use yet
+    Tensor saved = new_small<A>(device.place(), {MiddleSaved<A>::size(pr, true) - MiddleSaved<A>::late_size(pr)});
+    Tensor moments = new_small<double>(device.place(), {2, pr.pt}), late = new_small<A>(device.place(), {MiddleSaved<A>::late_size(pr)});  // late: of no use yet
     f.y = map.template map<T>();
     f.saved = data<A>(saved);
     f.late = data<A>(late);
     f.moments = data<double>(moments);
-    f.pool = torch_pool();
-    f.clock = pass_clock();
-    kernels<T>().middle_forward(f);
+    device.run(f);
     return {saved, moments};
   });
 }
@@ -237,7 +86,8 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
 using Modulated = std::tuple<Tensor, Tensor>;
 
 Modulated middle_modulate(const Tensor& y, VCR_LEARNED, const Tensor& saved, const Tensor& state_norm, VCR_VARIANT) {
-  return dispatch(y, [&](auto type) -> Modulated {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Modulated {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y);
@@ -247,24 +97,22 @@ Modulated middle_modulate(const Tensor& y, VCR_LEARNED, const Tensor& saved, con
     f.options = options_of(VCR_VARIANT_NAMES);
     known_norm(f.options);
     f.step = ForwardStep::modulate;
-    Params<A> get;
+    Params<A, Cpu> get(device);
     f.params = Learned{VCR_LEARNED_NAMES}.template unpack<A>(get, pr, f.options);
-    Tensor out = new_map(map.tensor(), map.shape()), late = new_small<A>({MiddleSaved<A>::late_size(pr)});
+    Tensor out = new_map(map.tensor(), map.shape()), late = new_small<A>(device.place(), {MiddleSaved<A>::late_size(pr)});
     f.y = map.template map<T>();
     f.out = output_map<T>(out);
     f.saved = writable<A>(saved, MiddleSaved<A>::size(pr, true) - MiddleSaved<A>::late_size(pr), "saved has another size or dtype");
     f.late = data<A>(late);
     f.state_norm = writable<double>(state_norm, 2 * pr.pt, "state_norm is (2, pt) in float64");
-    f.pool = torch_pool();
-    f.clock = pass_clock();
-    kernels<T>().middle_forward(f);
+    device.run(f);
     return {out, late};
   });
 }
 
 // Sizes, options, parameters and what the forward pass kept. `get` and the tensors live on in the caller.
 template <class T>
-MiddleBackward<T> backward_step(BackwardStep step, const MapInput& map, Params<acc_t<T>>& get, VCR_LEARNED, const Tensor& saved,
+MiddleBackward<T> backward_step(BackwardStep step, const MapInput& map, Params<acc_t<T>, Cpu>& get, VCR_LEARNED, const Tensor& saved,
                                 const Tensor& late, const Tensor* state_norm, VCR_VARIANT) {
   using A = acc_t<T>;
   MiddleBackward<T> f{};
@@ -278,8 +126,6 @@ MiddleBackward<T> backward_step(BackwardStep step, const MapInput& map, Params<a
   f.saved = writable<A>(saved, MiddleSaved<A>::size(pr, true) - MiddleSaved<A>::late_size(pr), "saved has another size or dtype");
   f.late = writable<A>(late, MiddleSaved<A>::late_size(pr), "late has another size or dtype");
   if (state_norm != nullptr) f.state_norm = writable<double>(*state_norm, 2 * pr.pt, "state_norm is (2, pt) in float64");
-  f.pool = torch_pool();
-  f.clock = pass_clock();
   return f;
 }
 
@@ -287,15 +133,16 @@ using Sums = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, const Tensor& saved, const Tensor& late,
                           const Tensor& state_norm, VCR_VARIANT) {
-  return dispatch(y, [&](auto type) -> Sums {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Sums {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y), grad(grad_out, map);
-    Params<A> get;
+    Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const OptionalTensor parameters[] = {scale_weight, shift_weight, scale_bias, shift_bias};
-    Tensor g[4], summed = new_small<A>({MiddleBackwardWork::summed(f.problem)}), state_sums = new_small<double>({2, f.problem.pt});
-    for (int i = 0; i < 4; ++i) g[i] = new_gradient<A>(parameters[i]);
+    Tensor g[4], summed = new_small<A>(device.place(), {MiddleBackwardWork::summed(f.problem)}), state_sums = new_small<double>(device.place(), {2, f.problem.pt});
+    for (int i = 0; i < 4; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
     f.grad_out = grad.template map<T>();
     f.grads.scale_weight = scale_weight.has_value() ? data<A>(g[0]) : nullptr;
     f.grads.shift_weight = shift_weight.has_value() ? data<A>(g[1]) : nullptr;
@@ -303,8 +150,8 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
     f.grads.shift_bias = data<A>(g[3]);
     f.summed = data<A>(summed);
     f.state_sums = data<double>(state_sums);
-    kernels<T>().middle_backward(f);
-    for (int i = 0; i < 4; ++i) g[i] = in_type_of(g[i], parameters[i]);
+    device.run(f);
+    for (int i = 0; i < 4; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
     return {summed, state_sums, g[0], g[1], g[2], g[3]};
   });
 }
@@ -313,16 +160,17 @@ using BackwardStates = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor& saved, const Tensor& late, const Tensor& state_norm,
                                       const Tensor& summed, const Tensor& state_shares, VCR_VARIANT) {
-  return dispatch(y, [&](auto type) -> BackwardStates {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> BackwardStates {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y);
-    Params<A> get;
+    Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::states, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
     const OptionalTensor parameters[] = {norm_weight, norm_bias, value, query, key, logit, edge};
-    Tensor g[7], attended = new_small<A>({MiddleBackwardWork::attended(pr)}), norm_sums = new_small<A>({2, pr.channels()});
-    for (int i = 0; i < 7; ++i) g[i] = new_gradient<A>(parameters[i]);
+    Tensor g[7], attended = new_small<A>(device.place(), {MiddleBackwardWork::attended(pr)}), norm_sums = new_small<A>(device.place(), {2, pr.channels()});
+    for (int i = 0; i < 7; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
     const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
     f.grads.norm_weight = to(0), f.grads.norm_bias = to(1), f.grads.value = to(2), f.grads.query = to(3), f.grads.key = to(4);
     f.grads.logit = to(5), f.grads.edge = to(6);
@@ -330,19 +178,20 @@ BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor
     f.state_shares = writable<double>(state_shares, 2 * pr.pt, "state_shares is (2, pt) in float64");
     f.attended = data<A>(attended);
     f.norm_sums = data<A>(norm_sums);
-    kernels<T>().middle_backward(f);
-    for (int i = 0; i < 7; ++i) g[i] = in_type_of(g[i], parameters[i]);
+    device.run(f);
+    for (int i = 0; i < 7; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
     return {attended, norm_sums, g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
   });
 }
 
 Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, const Tensor& saved, const Tensor& late,
                              const Tensor& summed, const Tensor& attended, const OptionalTensor& norm_shares, VCR_VARIANT) {
-  return dispatch(y, [&](auto type) -> Tensor {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Tensor {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y), grad(grad_out, map);
-    Params<A> get;
+    Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::input, map, get, VCR_LEARNED_NAMES, saved, late, nullptr, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
     Tensor dy = new_map(map.tensor(), map.shape());
@@ -351,7 +200,7 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
     f.summed = writable<A>(summed, MiddleBackwardWork::summed(pr), "summed has another size or dtype");
     f.attended = writable<A>(attended, MiddleBackwardWork::attended(pr), "attended has another size or dtype");
     f.norm_shares = get(norm_shares, 2 * pr.channels(), "norm_shares is (2, C p)");
-    kernels<T>().middle_backward(f);
+    device.run(f);
     return dy;
   });
 }
@@ -394,8 +243,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
         "Tensor saved, Tensor late, Tensor summed, Tensor attended, Tensor? norm_shares, " VCR_VARIANT_SCHEMA ") -> Tensor dy");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("vcr_middle", TORCH_BOX(&middle));
-  m.impl("vcr_middle_backward", TORCH_BOX(&middle_backward));
+  m.impl("vcr_middle", TORCH_BOX(&middle<Cpu>));
+  m.impl("vcr_middle_backward", TORCH_BOX(&middle_backward<Cpu>));
   m.impl("vcr_middle_stats", TORCH_BOX(&middle_stats));
   m.impl("vcr_middle_states", TORCH_BOX(&middle_states));
   m.impl("vcr_middle_modulate", TORCH_BOX(&middle_modulate));

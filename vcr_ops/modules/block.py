@@ -31,7 +31,7 @@ class VCRBlock(nn.Module):
         zero_init: start as the plain ResNeXt block with the same weights.
         dropout: probability that an element is dropped, at the branch's end (the paper's Places-365 networks: 0.02).
         drop_path: probability that an image's whole branch is dropped (stochastic depth).
-        backend: "auto", "cpp", "triton" or "composite".
+        backend: "auto", "cpp", "triton", "cuda" or "composite".
     Raises:
         TypeError, ValueError: an argument is of another type, unknown or out of its range; says which.
     """

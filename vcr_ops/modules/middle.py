@@ -184,7 +184,7 @@ class VisualConceptReasoning(nn.Module):
         sampler: "dynamic", "static" or "pool". edges: "dynamic", "static" or "none".
         modulation: "channel" or "pixel" (not with "pool"). affine: "both", "scale" or "shift".
         norm_layer: makes ``bn`` from the number of channels; default nn.BatchNorm for ``ndim``.
-        zero_init: start as relu(bn(y)). backend: "auto", "cpp", "triton" or "composite".
+        zero_init: start as relu(bn(y)). backend: "auto", "cpp", "triton", "cuda" or "composite".
         ndim: spatial dims of the default norm.
     """
 

@@ -17,7 +17,7 @@ class ConceptModulator(nn.Module):
         channels: C*p of the map. concepts: C.
         affine: "both", "scale" or "shift": what the states drive; the other one is its learned bias alone.
         zero_init: start with W^scale = W^shift = 0, so that the module computes relu(z).
-        backend: "auto", "cpp", "triton" or "composite".
+        backend: "auto", "cpp", "triton", "cuda" or "composite".
     Parameters:
         scale_weight, shift_weight (C, pt, p), absent where ``affine`` leaves them out; scale_bias, shift_bias (C, p).
     """

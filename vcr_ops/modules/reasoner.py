@@ -23,7 +23,7 @@ class ConceptReasoner(nn.Module):
     Args:
         channels: C*p of the map that the states come from. concepts: C.
         edges: "dynamic" (A from the states), "static" (A learned) or "none".
-        backend: "auto", "cpp", "triton" or "composite".
+        backend: "auto", "cpp", "triton", "cuda" or "composite".
     Parameters:
         edge: "dynamic" (pt, C), "static" (C, C). bn: nn.BatchNorm1d over the pt columns, rows being images and
             concepts. Another norm of (rows, pt) may stand in its place, and hooks on it run.

@@ -23,7 +23,7 @@ class ConceptSampler(nn.Module):
     Args:
         channels: C*p of the map. concepts: C.
         sampler: "dynamic" (query and key), "static" (a learned attention vector) or "pool" (the mean).
-        backend: "auto", "cpp", "triton" or "composite".
+        backend: "auto", "cpp", "triton", "cuda" or "composite".
     Parameters:
         value (C, p, pt); "dynamic": query, key (C, p, pt); "static": logit (C, p).
     """

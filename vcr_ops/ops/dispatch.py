@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..backend import INTERPRETED, named, use_backend
+from .. import library
+from ..backend import INTERPRETED, fastest, named, use_backend
+from ..faster import size_of
 from ..maps import acc_dtype
 
 OpOverload = Any  # torch types its overloads as functions of anything
 Function = Callable[..., Any]
 
-# The backends behind a dispatch key that are functions in Python. A key holds one function, so this is where several
-# meet: it takes the one that use_backend or the environment names, else the first. (A compiled call has lost its
-# keyword by then.) The interpreter's tensors are on the CPU, where the C++ kernels come first.
-_SERVED = {"CUDA": ("triton",)} | ({"CPU": ("cpp", "triton")} if INTERPRETED else {})
+# The backends behind a dispatch key. A key holds one function, so where there are several this is where they meet: it
+# takes the one that use_backend or the environment names, else the first, or on a GPU the faster. (A compiled call has
+# lost its keyword by then.) The interpreter's tensors are on the CPU, where the C++ kernels come first.
+_SERVED = {"CUDA": ("triton", "cuda")} | ({"CPU": ("cpp", "triton")} if INTERPRETED else {})
 _LIBRARY = torch.library.Library("vcr_ops", "IMPL")
 _functions: dict[tuple[OpOverload, str], Function] = {}
 
 
 def function_of(op: OpOverload, backend: str) -> Function:
-    """The Python function that runs an op: forward or backward of ``vcr_ops/ops/<op>/<backend>.py``."""
+    """The Python function that runs an op: forward or backward of ``vcr_ops/ops/<op>/<backend>.py``, or a library's."""
     function = _functions.get((op, backend))
     if function is None:  # the first call imports what the backend needs
+        if backend == "cuda":
+            raise RuntimeError(f"backend 'cuda' can't run here: {library.cuda_why_not()}")
         name = op._schema.name.removeprefix("vcr_ops::")
         module = importlib.import_module(f".{name.removesuffix('_backward')}.{backend}", __package__)
         function = module.backward if name.endswith("_backward") else module.forward
@@ -35,23 +39,41 @@ def function_of(op: OpOverload, backend: str) -> Function:
     return function
 
 
-def _serve(op: OpOverload, backends: tuple[str, ...]) -> Function:
+def _serve(op: OpOverload, key: str, backends: tuple[str, ...]) -> Function:
+    arguments = [argument.name for argument in op._schema.arguments]
+    # What "auto" goes by: the map (or, in concept_reason, which has none, nothing), and whether a backward pass follows.
+    # Both directions must find the same backend, which alone can read what the other has saved.
+    which = next((arguments.index(name) for name in ("y", "z") if name in arguments), None)
+    save = arguments.index("save") if "save" in arguments else None
+
     def kernel(*args: Any) -> Any:
         name = named()
-        return function_of(op, name if name in backends else backends[0])(*args)
+        if name not in backends:
+            name = backends[0]
+            if key == "CUDA" and which is not None and not torch.version.hip:
+                y = args[which]
+                name = fastest(y.device.index, size_of(y, save is None or args[save]))[0].name
+        return function_of(op, name)(*args)
 
     return kernel
 
 
+def _keep_library_s(op: OpOverload, key: str, backend: str) -> None:
+    """Remember a library's function for a dispatch key, which the chooser is about to cover."""
+    kernel = torch.library.get_kernel(op, key)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    _functions[op, backend] = functools.partial(kernel.call_boxed, keys)
+
+
 def _register_python(op: OpOverload) -> None:
     if INTERPRETED:
-        kernel = torch.library.get_kernel(op, "CPU")
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        _functions[op, "cpp"] = functools.partial(kernel.call_boxed, keys)
+        _keep_library_s(op, "CPU", "cpp")
+    if library.has_cuda():
+        _keep_library_s(op, "CUDA", "cuda")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # it knows that it overrides
         for key, backends in _SERVED.items():
-            _LIBRARY.impl(op, _serve(op, backends), key, allow_override=True)
+            _LIBRARY.impl(op, _serve(op, key, backends), key, allow_override=True)
 
 
 def as_run_by(backend: str, op: OpOverload, x: Tensor) -> Function:

@@ -1,0 +1,12 @@
+// torch.ops.vcr_ops.concept_reason and its backward: CUDA's kernels. binding_cpu.cpp has the schemas.
+#include "../binding/cuda.h"
+#include "binding.h"
+
+namespace vcr {
+
+STABLE_TORCH_LIBRARY_IMPL(vcr_ops, VCR_CUDA_KEY, m) {
+  m.impl("concept_reason", TORCH_BOX(&reason<Cuda>));
+  m.impl("concept_reason_backward", TORCH_BOX(&reason_backward<Cuda>));
+}
+
+}  // namespace vcr
