@@ -5,11 +5,12 @@ import os
 import pytest
 import torch
 
-from . import interpreter
+from . import cuda_on_host, interpreter
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(interpreter.plugin())
+    config.pluginmanager.register(cuda_on_host.Plugin())
     # Tests are small: one thread is fastest, and leaves the other cores alone. Threads are tested by their own tests.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -8,6 +8,7 @@
 #   asan    AddressSanitizer and UndefinedBehaviorSanitizer
 #   tsan    ThreadSanitizer, to which a kernel's threads are threads: a missing barrier is a race
 #   all     all of these
+#   library builds build/kernels/cuda-plain/ops.so, with which tests marked `cuda` run the ops and their bindings from Python; needs torch
 #
 # EVERY=n takes every n-th case (1: all of them; default: as many as take about half a minute). CXX is the compiler, MAX_JOBS the compile jobs at a time. Objects stay in build/kernels and are made anew when a source is newer.
 set -euo pipefail
@@ -51,6 +52,15 @@ compile() {
   job "$folder/driver.o" "$here/driver.cpp" -O1 "${plain[@]}"
   for source in reference cases; do job "$folder/$source.o" "tests/kernels/cpu/$source.cpp" -O2; done
   xargs -P "$jobs" -d '\n' -I{} nice -n 10 bash -c '{}' <"$list" || die "compiling $name failed"
+}
+
+# link NAME COMPILER_OPTIONS...: the programs
+link() {
+  local name=$1 folder=build/kernels/$1 plain=() option source
+  shift
+  for option in "$@"; do
+    case $option in -O*) ;; *) plain+=("$option") ;; esac
+  done
   $compiler -pthread "${plain[@]}" "$folder"/{float,double,bf16,f16,simt,driver,reference,cases}.o -o "$folder/driver"
   for source in layer_test launch_test; do $compiler -pthread "${plain[@]}" "$folder"/{simt,$source}.o -o "$folder/$source"; done
 }
@@ -62,6 +72,7 @@ build_and_run() {
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
   [ $# = 0 ] || shift
   compile "$name" "${options[@]}"
+  link "$name" "${options[@]}"
   built=$SECONDS
   printf '%s (compiled in %d s)\n' "$name" $((built - start))
   for program in layer_test launch_test; do nice -n 10 "build/kernels/$name/$program" || die "$name: $program FAILED"; done
@@ -78,7 +89,7 @@ stopped() {
 }
 
 mode_plain() {
-  build_and_run cuda-plain -O2 -- --every "${EVERY:-4}"
+  build_and_run cuda-plain -O2 -fPIC -- --every "${EVERY:-4}"
   for fault in sync cluster_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
   for fault in index guard; do stopped cuda-plain "$fault" 'outside its shared memory'; done
   stopped cuda-plain divergent 'different barriers'
@@ -96,11 +107,26 @@ mode_tsan() {
   for fault in sync cluster_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
 }
 
+mode_library() {
+  compile cuda-plain -O2 -fPIC
+  local folder=build/kernels/cuda-plain torch flags source objects=()
+  torch=$("${PYTHON:-.venv/bin/python}" -c 'import importlib.util; print(importlib.util.find_spec("torch").submodule_search_locations[0])')
+  flags="-O1 -fPIC -fvisibility=hidden -isystem$torch/include -DTORCH_TARGET_VERSION=0x020a000000000000 -DVCR_CUDA_KEY=PrivateUse1"
+  for source in "$here/host_library.cpp" csrc/*/binding_cuda.cpp; do
+    objects+=("$folder/$(basename "$(dirname "$source")")-library.o")
+    printf '%s -c %s -o %s\n' "$compiler ${common[*]} $flags" "$source" "${objects[-1]}"
+  done | xargs -P "$jobs" -d '\n' -I{} nice -n 10 bash -c '{}' || die "compiling the bindings failed"
+  for source in cuda concept_modulate concept_reason concept_sample vcr_middle; do objects+=("$folder/$source-library.o"); done
+  $compiler -shared -pthread "$folder"/{float,double,bf16,f16,simt}.o "${objects[@]}" -L"$torch/lib" -ltorch_cpu -Wl,-rpath-link,"$torch/lib" \
+    -Wl,--no-undefined -o "$folder/ops.so.new" && mv "$folder/ops.so.new" "$folder/ops.so"
+  printf 'built %s\n' "$folder/ops.so"
+}
+
 [ $# -gt 0 ] || set -- plain
 [ "$*" != all ] || set -- plain asan tsan
 for mode in "$@"; do
   case $mode in
-    plain | asan | tsan) "mode_$mode" ;;
-    *) die "usage: $0 [plain|asan|tsan|all]..." ;;
+    plain | asan | tsan | library) "mode_$mode" ;;
+    *) die "usage: $0 [plain|asan|tsan|all|library]..." ;;
   esac
 done
