@@ -153,7 +153,9 @@ def nvcc() -> str | None:
     """The CUDA compiler's command, or None where the CUDA kernels are to be left out."""
     asked = os.environ.get("VCR_OPS_CUDA", "")
     if asked not in ("", "0", "1"):
-        raise stop(f"VCR_OPS_CUDA is {asked!r}.", "Set it to 1 or 0 (with the CUDA kernels or without), or leave it unset.")
+        raise stop(
+            f"VCR_OPS_CUDA is {asked!r}.", "Set it to 1 or 0 (with the CUDA kernels or without), or leave it unset."
+        )
     if asked == "0" or sys.platform != "linux":
         return None
     homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]

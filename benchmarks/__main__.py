@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune", "train")
+COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune", "faster", "train")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
 LEFT_OUT = "left out by default, --all runs it"
@@ -424,6 +424,7 @@ def _device(command: str, argv: list[str]) -> tuple[str, list[str]]:
         "run": ("cpu", "cuda", "rehearsal"),
         "passes": ("cpu", "cuda", "rehearsal"),
         "tune": ("cuda", "rehearsal"),
+        "faster": ("cuda", "rehearsal"),
     }
     choices = devices.get(command, ("cpu",))
     parser.add_argument("--device", choices=choices, default=choices[0])
@@ -445,6 +446,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .gpu.tune import main as tune
 
             return tune(device, rest)
+        if command == "faster":
+            from .gpu.faster import main as compare
+
+            return compare(device, rest)
         if device != "cpu":
             from .gpu.command import main as on_gpu
 

@@ -1,7 +1,7 @@
 """Runs the CUDA C++ backend without a GPU: its bindings and kernels, executed on the host on CPU tensors.
 
-``VCR_OPS_CUDA_ON_HOST=LIBRARY`` turns it on, for tests marked ``cuda``; ``tests/kernels/cuda/run.sh library`` builds the
-library. Fibers stand for a GPU's threads, and what only a GPU's driver can show (streams, devices) isn't seen.
+``VCR_OPS_CUDA_ON_HOST=LIBRARY`` turns it on, for tests marked ``cuda``; ``tests/kernels/cuda/run.sh library`` builds
+the library. Fibers stand for a GPU's threads, and what only a GPU's driver can show (streams, devices) isn't seen.
 """
 
 import functools

@@ -95,12 +95,16 @@ def test_library_that_does_not_load(tmp_path: object, monkeypatch: pytest.Monkey
         resolve("auto", CPU)
 
 
-@pytest.mark.parametrize("name", ["CPP", "cuda", "", 3])
+@pytest.mark.parametrize("name", ["CPP", "metal", "", 3])
 def test_unknown_names(name: object) -> None:
-    message = "backend is .*; it takes one of 'auto', 'cpp', 'triton', 'composite'" if name else "name is ''; it takes"
+    message = (
+        "backend is .*; it takes one of 'auto', 'cpp', 'triton', 'cuda', 'composite'"
+        if name
+        else "name is ''; it takes"
+    )
     with pytest.raises(ValueError, match=message):
         resolve(name, CPU) if name else vcr_ops.use_backend(name)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"name is .*; it takes one of 'auto', 'cpp', 'triton', 'composite'"):
+    with pytest.raises(ValueError, match=r"name is .*; it takes one of 'auto', 'cpp', 'triton', 'cuda', 'composite'"):
         vcr_ops.use_backend(name)  # type: ignore[arg-type]
 
 

@@ -224,7 +224,11 @@ ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
     ({"modulation": "both"}, ValueError, "modulation is 'both'; it takes one of 'channel', 'pixel'"),
     ({"affine": "none"}, ValueError, "affine is 'none'; it takes one of 'both', 'scale', 'shift'"),
     ({"modulation": "pixel", "sampler": "pool"}, ValueError, "modulation is 'pixel', which needs an attention map"),
-    ({"backend": "cuda12"}, ValueError, "backend is 'cuda12'; it takes one of 'auto', 'cpp', 'triton', 'composite'"),
+    (
+        {"backend": "cuda12"},
+        ValueError,
+        "backend is 'cuda12'; it takes one of 'auto', 'cpp', 'triton', 'cuda', 'composite'",
+    ),
     ({"ndim": 4}, ValueError, "ndim is 4; it takes 1, 2 or 3"),
 ]
 

@@ -3,7 +3,8 @@
 A backend is named by the keyword ``backend=`` of a function or module, else by the context manager
 :func:`use_backend`, else by the environment variable ``VCR_OPS_BACKEND`` (read when vcr_ops is imported). Where all of
 them say "auto" or nothing, the device decides: the C++ ops for CPU tensors; for CUDA tensors Triton's or CUDA C++'s,
-whichever was measured to be the faster (:mod:`vcr_ops.faster`); Triton's for ROCm tensors; ``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
+whichever was measured to be the faster (:mod:`vcr_ops.faster`), and Triton's before that; Triton's for ROCm tensors;
+``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
 can't run raises, and "auto" never falls back because something is missing or fails: on a GPU without Triton it raises,
 too, and says what to do.
 """

@@ -64,8 +64,17 @@ def arch_of(number: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def write(rows: list[dict[str, Any]], about: list[dict[str, Any]], path: Path = PATH) -> None:
-    """Write the table anew. rows: arch, the fields of :class:`Size`, backend, ratio. about: what measured them."""
+def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any], path: Path = PATH) -> None:
+    """Put rows into the table in the place of all that it has of their architectures.
+
+    rows: arch, the fields of :class:`Size`, backend and ratio (the other's time over its). measured_by: the GPU, the
+    date, the commit.
+    """
+    table = json.loads(path.read_text()) if path.is_file() else {"about": [], "rows": []}
+    archs = sorted({row["arch"] for row in rows})
+    kept = [each for each in table["about"] if not set(each["archs"]) & set(archs)]
+    rows = [row for row in table["rows"] if row["arch"] not in archs] + rows
+    about = [*kept, {"archs": archs, **measured_by}] if archs else kept
     lines = ",\n".join("    " + json.dumps(row) for row in rows)
     text = f'{{\n  "about": {json.dumps(about)},\n  "rows": [' + (f"\n{lines}\n  " if rows else "") + "]\n}\n"
     path.write_text(text)

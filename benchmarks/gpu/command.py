@@ -46,6 +46,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         }[command],
     )
     add = parser.add_argument
+    add("--backend", metavar="NAME", help="of vcr_ops: triton (default) or cuda")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     add("--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="default: all")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
@@ -258,6 +259,10 @@ def main(command: str, device_name: str, argv: Sequence[str]) -> int:
     options = _parser(command).parse_args(list(argv))
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
+    if options.backend is not None:
+        if options.backend not in device.backends:
+            raise ValueError(f"--backend is {options.backend!r}; it takes one of {', '.join(device.backends)}")
+        device.backend = options.backend
     words = [] if command == "run" else [command]
     results = Results(command, device, [*words, "--device", device_name, *argv], _stem(options, command))
     with terminable():

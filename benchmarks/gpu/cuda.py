@@ -6,7 +6,7 @@ import gc
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import DeviceType
@@ -44,8 +44,8 @@ class Cuda:
     """The current CUDA (or ROCm) device."""
 
     name = "cuda"
+    backends: ClassVar = {"triton": "vcr_ops Triton", "cuda": "vcr_ops CUDA C++"}
     backend = "triton"
-    title = "vcr_ops Triton"
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():

@@ -23,12 +23,13 @@ class Times(NamedTuple):
 class Device(Protocol):
     """A device and its clock.
 
-    name: torch's. backend: the one of vcr_ops that is measured, and its title. l2_bytes: its last cache.
+    name: torch's. backends: those of vcr_ops that run on it, with their titles; backend: the one that is measured.
+    l2_bytes: its last cache.
     """
 
     name: str
+    backends: dict[str, str]
     backend: str
-    title: str
     l2_bytes: int
 
     def call(self, function: Callable[[], object]) -> Times:

@@ -42,9 +42,13 @@ class Spent:
     kernels: dict[str, int]
 
 
+# CUDA C++ has evaluation in one kernel that reads once, where a map fits on chip.
+GPU_PASSES = (*PASSES, Pass("middle_evaluate", 1, 1))
+
+
 def pass_of(kernel: str) -> Pass | None:
-    """The pass that a kernel's name names; of two, the longer name (concept_modulate is in no other's)."""
-    named = [one for one in PASSES if one.name in kernel]
+    """The pass that a kernel's name names, as concept_sample or (in CUDA C++) as ConceptSample; of two, the longer."""
+    named = [one for one in GPU_PASSES if one.name in kernel or one.name.title().replace("_", "") in kernel]
     return max(named, key=lambda one: len(one.name), default=None)
 
 
@@ -70,7 +74,7 @@ def measure(case: Case, device: Device, provider: Provider, *, runs: int, peak_g
     for _ in range(2):
         workload.step()
     maps = [x for x in (workload.x, workload.grad_out) if x is not None]
-    traffics = sorted({one.reads + one.writes for one in PASSES} - {0})
+    traffics = sorted({one.reads + one.writes for one in GPU_PASSES} - {0})
     copies = {traffic: copy_of(maps, traffic * case.map_bytes) for traffic in traffics}
     for copy in copies.values():
         copy()

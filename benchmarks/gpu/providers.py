@@ -11,16 +11,20 @@ from .device import Device
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
+def product_of(device: Device, backend: str, name: str = "fused") -> Provider:
+    """What is measured: a backend of vcr_ops."""
+    return Provider(name, device.backends[backend], "product", _product(backend), _needs(backend, device.name))
+
+
 def gpu_providers(device: Device) -> dict[str, Provider]:
     """All sides by name. Those that are compiled follow the one that they are compiled from."""
-    runs = _needs(device.backend, device.name)
-    product = Provider("fused", device.title, "product", _product(device.backend), runs)
+    product = product_of(device, device.backend)
     composite = replace(PROVIDERS["composite"], why_not=_needs("composite", device.name))
     compiled = replace(
         product,
         name="fused_compiled",
-        title=f"{device.title} compiled",
-        why_not=_needs_compiler(runs),
+        title=f"{product.title} compiled",
+        why_not=_needs_compiler(product.why_not),
         eager="fused",
     )
     sides = [product, compiled]

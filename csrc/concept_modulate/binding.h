@@ -63,7 +63,8 @@ Backward modulate_backward(const Tensor& grad_out, const Tensor& z, const Tensor
     f.state = get(state, pr.N * pr.C * pr.pt, "state");
     f.attention = get(attention, pr.N * pr.C * pr.S, "attention");
     Tensor dz = new_map(map.tensor(), map.shape());
-    Tensor dstate = new_gradient<A>(device.place(), state), dscale = new_gradient<A>(device.place(), scale_weight), dshift = new_gradient<A>(device.place(), shift_weight);
+    Tensor dstate = new_gradient<A>(device.place(), state), dscale = new_gradient<A>(device.place(), scale_weight),
+           dshift = new_gradient<A>(device.place(), shift_weight);
     Tensor dscale_bias = new_gradient<A>(device.place(), scale_bias), dshift_bias = new_gradient<A>(device.place(), shift_bias);
     Tensor dattention = new_gradient<A>(device.place(), attention);
     f.z = map.template map<T>();
@@ -83,6 +84,5 @@ Backward modulate_backward(const Tensor& grad_out, const Tensor& z, const Tensor
     return {dz, dstate, dscale, dshift, dscale_bias, dshift_bias, dattention};
   });
 }
-
 
 }  // namespace vcr

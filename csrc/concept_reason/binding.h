@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     f.bias = get(bias, f.pt, "bias");
     f.g = static_cast<const A*>(saved.const_data_ptr()), f.a = f.g + states, f.norm = f.a + square;
     Tensor dh = new_small<A>(device.place(), {f.N, f.C, f.pt}), dedge = new_gradient<A>(device.place(), edge);
-    Tensor dweight = new_gradient<A>(device.place(), weight), dbias = new_gradient<A>(device.place(), bias), unused = new_small<A>(device.place(), {2 * f.pt});
+    Tensor dweight = new_gradient<A>(device.place(), weight), dbias = new_gradient<A>(device.place(), bias),
+           unused = new_small<A>(device.place(), {2 * f.pt});
     f.dh = data<A>(dh);
     f.dedge = edge.has_value() ? data<A>(dedge) : nullptr;
     f.dweight = weight.has_value() ? data<A>(dweight) : data<A>(unused);
@@ -83,6 +84,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     return {dh, dedge, dweight, dbias};
   });
 }
-
 
 }  // namespace vcr

@@ -6,8 +6,8 @@
 namespace vcr {
 
 template <class A, class Device>
-SampleWeights<A> unpack_weights(Params<A, Device>& get, const Problem& pr, Sampler sampler, const Tensor& value, const OptionalTensor& query,
-                                const OptionalTensor& key, const OptionalTensor& logit) {
+SampleWeights<A> unpack_weights(Params<A, Device>& get, const Problem& pr, Sampler sampler, const Tensor& value,
+                                const OptionalTensor& query, const OptionalTensor& key, const OptionalTensor& logit) {
   const int64_t weights = pr.channels() * pr.pt;
   SampleWeights<A> w{get(value, weights, "value"), nullptr, nullptr, nullptr};
   if (sampler == Sampler::dynamic_query) {
@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_backward(const Tensor&
     f.dh = get(dh, pr.N * pr.C * pr.pt, "dh");
     f.dattention = get(dattention, pr.N * pr.C * pr.S, "dattention");
     Tensor dz = new_map(map.tensor(), map.shape());
-    Tensor dvalue = new_gradient<A>(device.place(), value), dquery = new_gradient<A>(device.place(), query), dkey = new_gradient<A>(device.place(), key);
+    Tensor dvalue = new_gradient<A>(device.place(), value), dquery = new_gradient<A>(device.place(), query),
+           dkey = new_gradient<A>(device.place(), key);
     Tensor dlogit = new_gradient<A>(device.place(), logit);
     f.z = map.template map<T>();
     f.dz = output_map<T>(dz);
@@ -92,6 +93,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_backward(const Tensor&
     return {dz, dvalue, dquery, dkey, dlogit};
   });
 }
-
 
 }  // namespace vcr

@@ -5,7 +5,8 @@
 
 namespace vcr {
 
-inline MiddleOptions options_of(const std::string& norm, const std::string& sampler, const std::string& edges, const std::string& modulation) {
+inline MiddleOptions options_of(const std::string& norm, const std::string& sampler, const std::string& edges,
+                                const std::string& modulation) {
   MiddleOptions o;
   o.norm = variant<Norm>(norm_names, norm, "norm");
   o.sampler = variant<Sampler>(sampler_names, sampler, "sampler");

@@ -62,7 +62,8 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
       f.params.norm_var = get(norm_var, pr.channels(), "norm_var");
     }
     Tensor saved = new_small<A>(device.place(), {MiddleSaved<A>::size(pr, true) - MiddleSaved<A>::late_size(pr)});
-    Tensor moments = new_small<double>(device.place(), {2, pr.pt}), late = new_small<A>(device.place(), {MiddleSaved<A>::late_size(pr)});  // late: of no use yet
+    Tensor moments = new_small<double>(device.place(), {2, pr.pt}),
+           late = new_small<A>(device.place(), {MiddleSaved<A>::late_size(pr)});  // late: of no use yet
     f.y = map.template map<T>();
     f.saved = data<A>(saved);
     f.late = data<A>(late);
@@ -141,7 +142,8 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
     Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const OptionalTensor parameters[] = {scale_weight, shift_weight, scale_bias, shift_bias};
-    Tensor g[4], summed = new_small<A>(device.place(), {MiddleBackwardWork::summed(f.problem)}), state_sums = new_small<double>(device.place(), {2, f.problem.pt});
+    Tensor g[4], summed = new_small<A>(device.place(), {MiddleBackwardWork::summed(f.problem)}),
+                 state_sums = new_small<double>(device.place(), {2, f.problem.pt});
     for (int i = 0; i < 4; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
     f.grad_out = grad.template map<T>();
     f.grads.scale_weight = scale_weight.has_value() ? data<A>(g[0]) : nullptr;
@@ -169,7 +171,8 @@ BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor
     MiddleBackward<T> f = backward_step<T>(BackwardStep::states, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
     const OptionalTensor parameters[] = {norm_weight, norm_bias, value, query, key, logit, edge};
-    Tensor g[7], attended = new_small<A>(device.place(), {MiddleBackwardWork::attended(pr)}), norm_sums = new_small<A>(device.place(), {2, pr.channels()});
+    Tensor g[7], attended = new_small<A>(device.place(), {MiddleBackwardWork::attended(pr)}),
+                 norm_sums = new_small<A>(device.place(), {2, pr.channels()});
     for (int i = 0; i < 7; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
     const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
     f.grads.norm_weight = to(0), f.grads.norm_bias = to(1), f.grads.value = to(2), f.grads.query = to(3), f.grads.key = to(4);

@@ -41,8 +41,8 @@ def function_of(op: OpOverload, backend: str) -> Function:
 
 def _serve(op: OpOverload, key: str, backends: tuple[str, ...]) -> Function:
     arguments = [argument.name for argument in op._schema.arguments]
-    # What "auto" goes by: the map (or, in concept_reason, which has none, nothing), and whether a backward pass follows.
-    # Both directions must find the same backend, which alone can read what the other has saved.
+    # What "auto" goes by: the map (concept_reason has none, and no choice), and whether a backward pass follows. Both
+    # directions must find the same backend, which alone can read what the other has saved.
     which = next((arguments.index(name) for name in ("y", "z") if name in arguments), None)
     save = arguments.index("save") if "save" in arguments else None
 

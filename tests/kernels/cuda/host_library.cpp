@@ -28,23 +28,23 @@ vcr_test::HostRunner& runner() {
 }  // namespace
 
 // The tables' functions have workspaces of their own, guarded ones.
-#define VCR_LAUNCHER(kernel, Args, T)                     \
-  template <>                                             \
-  int64_t kernel##_workspace<T>(const Args<T>&) {         \
-    return 0;                                             \
-  }                                                       \
-  template <>                                             \
-  Status kernel<T>(const Args<T>& args, void*, void*) {   \
-    runner();                                             \
-    vcr_test::host_kernels<T>().kernel(args);             \
-    return {};                                            \
+#define VCR_LAUNCHER(kernel, Args, T)                   \
+  template <>                                           \
+  int64_t kernel##_workspace<T>(const Args<T>&) {       \
+    return 0;                                           \
+  }                                                     \
+  template <>                                           \
+  Status kernel<T>(const Args<T>& args, void*, void*) { \
+    runner();                                           \
+    vcr_test::host_kernels<T>().kernel(args);           \
+    return {};                                          \
   }
-#define VCR_LAUNCHERS(T)                                 \
-  VCR_LAUNCHER(middle_forward, MiddleForward, T)         \
-  VCR_LAUNCHER(middle_backward, MiddleBackward, T)       \
-  VCR_LAUNCHER(sample_forward, SampleForward, T)         \
-  VCR_LAUNCHER(sample_backward, SampleBackward, T)       \
-  VCR_LAUNCHER(modulate_forward, ModulateForward, T)     \
+#define VCR_LAUNCHERS(T)                             \
+  VCR_LAUNCHER(middle_forward, MiddleForward, T)     \
+  VCR_LAUNCHER(middle_backward, MiddleBackward, T)   \
+  VCR_LAUNCHER(sample_forward, SampleForward, T)     \
+  VCR_LAUNCHER(sample_backward, SampleBackward, T)   \
+  VCR_LAUNCHER(modulate_forward, ModulateForward, T) \
   VCR_LAUNCHER(modulate_backward, ModulateBackward, T)
 VCR_LAUNCHERS(float)
 VCR_LAUNCHERS(double)

@@ -1,0 +1,184 @@
+"""Which of a GPU's backends "auto" takes: the table of measurements, the choice, and the function that makes it when a
+compiled call runs. No GPU is needed: what is measured is made up here."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.cases import Case as Timed
+from benchmarks.gpu import faster as benchmark
+from benchmarks.gpu.rehearsal import Rehearsal
+from benchmarks.providers import Workload
+from tests.small import feature_map
+from vcr_ops import backend, faster, library
+from vcr_ops.backend import Case, choose, runs_on
+from vcr_ops.faster import Size, size_of
+from vcr_ops.ops import dispatch
+
+
+def row(arch="sm_90", **changes):
+    size = Size("training", "bfloat16", "contiguous", 64, 128, 3136)._asdict() | changes
+    backend = size.pop("backend", "cuda")
+    return {"arch": arch, **size, "backend": backend, "ratio": 1.2}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """``table(rows)`` puts rows where the shipped table was."""
+    path = tmp_path / "faster.json"
+    monkeypatch.setattr(faster, "PATH", path)
+
+    def put(*rows):
+        faster.replace(list(rows), {"gpu": "made up"}, path)
+
+    put()
+    yield put
+    monkeypatch.undo()
+    faster._rows.cache_clear()
+    faster.faster.cache_clear()
+
+
+def test_shipped_table_is_well_formed() -> None:
+    table = json.loads(faster.PATH.read_text())
+    archs = {arch for each in table["about"] for arch in each["archs"]}
+    assert {row["arch"] for row in table["rows"]} == archs
+    for row in table["rows"]:
+        assert row["backend"] in ("triton", "cuda")
+        assert Size(*(row[name] for name in Size._fields)).mode in ("training", "evaluation")
+
+
+def test_size_of_a_map() -> None:
+    y = torch.zeros(3, 8, 5, 7, dtype=torch.bfloat16)
+    assert size_of(y, True) == Size("training", "bfloat16", "contiguous", 3, 8, 35)
+    last = y.float().to(memory_format=torch.channels_last)
+    assert size_of(last, False) == Size("evaluation", "float32", "channels_last", 3, 8, 35)
+    assert size_of(y.expand(3, 8, 5, 7).transpose(2, 3), True).layout == "contiguous"
+
+
+def test_nearest_measurement_of_the_same_kind_decides(table) -> None:
+    table(row(batch=1, backend="cuda"), row(batch=256, backend="triton"), row(mode="evaluation", backend="cuda"))
+    size = Size("training", "bfloat16", "contiguous", 4, 128, 3136)
+    assert faster.faster("sm_90", size) == "cuda"
+    assert faster.faster("sm_90", size._replace(batch=100)) == "triton"
+    assert faster.faster("sm_90", size._replace(batch=0)) == "cuda"
+    assert faster.faster("sm_90", size._replace(batch=100, mode="evaluation")) == "cuda"
+    for other in (size._replace(dtype="float32"), size._replace(layout="channels_last")):
+        assert faster.faster("sm_90", other) is None
+    assert faster.faster("sm_80", size) is None
+
+
+def test_measuring_again_replaces_what_was_measured_on_such_a_gpu(table) -> None:
+    table(row(), row("sm_80"))
+    table(row(backend="triton"))
+    found = json.loads(faster.PATH.read_text())
+    assert [(r["arch"], r["backend"]) for r in found["rows"]] == [("sm_80", "cuda"), ("sm_90", "triton")]
+    assert found["about"] == [{"archs": ["sm_90"], "gpu": "made up"}]
+
+
+def test_auto_takes_the_faster_and_says_why(table, monkeypatch) -> None:
+    monkeypatch.setattr(backend, "arch_of", lambda number: "sm_90")
+    size = Size("training", "bfloat16", "contiguous", 64, 128, 3136)
+    case = Case("cuda", size=size)
+    chosen, reason = choose("auto", case)
+    assert (chosen.name, reason) == (
+        "triton",
+        "auto takes it for CUDA tensors: on sm_90 no other was measured at such sizes",
+    )
+    table(row())
+    chosen, reason = choose(None, case)
+    assert (chosen.name, reason) == (
+        "cuda",
+        "auto takes it: the fastest at the nearest size that was measured on sm_90",
+    )
+    assert choose("triton", case)[0].name == "triton"
+    assert choose(None, case._replace(tracing="torch.func"))[0].name == "composite"
+
+
+def test_the_dispatch_key_s_function_chooses_as_auto_does(table, monkeypatch) -> None:
+    """Forward and backward alike, for only the one that has saved something can read it."""
+    monkeypatch.setattr(backend, "arch_of", lambda number: "sm_90")
+    table(
+        row(dtype="float32", batch=2, channels=12, positions=20),
+        row(mode="evaluation", dtype="float32", backend="triton"),
+    )
+    calls = []
+    ops = {name: getattr(torch.ops.vcr_ops, name).default for name in library.OPS}
+    for name, op in ops.items():
+        for each in ("triton", "cuda"):
+            monkeypatch.setitem(dispatch._functions, (op, each), lambda *args, call=(name, each): calls.append(call))
+    y, none = feature_map(2, 12, 4, 5), [None] * 23
+
+    def run(name, *args):
+        dispatch._serve(ops[name], "CUDA", ("triton", "cuda"))(*args)
+
+    run("vcr_middle", y, *none, True)
+    run("vcr_middle_backward", y, y, *none)
+    run("vcr_middle", y, *none, False)
+    run("concept_modulate", y, *none)
+    run("concept_reason", y)
+    with backend.use_backend("triton"):
+        run("vcr_middle", y, *none, True)
+    with backend.use_backend("cuda"):
+        run("concept_reason", y)
+    assert calls == [
+        ("vcr_middle", "cuda"),
+        ("vcr_middle_backward", "cuda"),
+        ("vcr_middle", "triton"),
+        ("concept_modulate", "cuda"),
+        ("concept_reason", "triton"),
+        ("vcr_middle", "triton"),
+        ("concept_reason", "cuda"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["8.0", "9.0"], (8, 0), True),
+        (["8.0"], (8, 6), True),
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0+PTX"], (12, 0), True),
+        (["10.0+PTX"], (9, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["10.0a"], (10, 3), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_what_code_runs_on(archs, capability, runs) -> None:
+    assert runs_on(archs, *capability) == runs
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch) -> None:
+    monkeypatch.setattr(library, "_cuda_problem", None)
+    monkeypatch.setattr(library, "cuda_archs", lambda: ["8.0", "9.0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (12, 0))
+    with pytest.raises(
+        RuntimeError, match=r"compiled for 8.0, 9.0, and cuda:1 is 12.0; build it again with TORCH_CUDA"
+    ):
+        backend.resolve("cuda", Case("cuda", number=1))
+
+
+def test_the_benchmark_writes_what_won() -> None:
+    rows = benchmark.compare(Timed("middle", "train", 1, 2, "bfloat16", image_size=32), Rehearsal(), 0.01)
+    assert [r.provider for r in rows] == ["composite", "cpp"]
+    assert all(r.reason is None and r.graph_ms for r in rows)
+    (entry,) = benchmark.entries(rows, "sm_90")
+    assert (entry["backend"], entry["channels"], entry["positions"]) == (rows[0].winner, 128, 64)
+    assert entry["ratio"] >= 1
+    assert rows[0].winner in benchmark.table(rows)
+
+
+def test_backends_that_disagree_have_no_winner(monkeypatch) -> None:
+    tensors = Workload.tensors
+
+    def one_is_wrong(self):
+        found = tensors(self)
+        return found | {"d x": found["d x"] * 1.5} if getattr(self.call, "backend", "") == "cpp" else found
+
+    monkeypatch.setattr(Workload, "tensors", one_is_wrong)
+    rows = benchmark.compare(Timed("middle", "train", 1, 2, "float32", image_size=32), Rehearsal(), 0.01)
+    assert all(r.winner is None and "disagree: d x by" in r.reason for r in rows)
+    assert benchmark.entries(rows, "sm_90") == []
