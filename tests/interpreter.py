@@ -139,7 +139,7 @@ def plugin() -> object:
 
 
 def speed_up() -> None:
-    """Spare the interpreter what it does again and again; three quarters of its time.
+    """Spare the interpreter what it does again and again; about two thirds of its time.
 
     It replaces triton.language's functions whenever a kernel calls a function, though once a launch is enough. It does
     every addition of ints a second time in 64 bits, which no map that it can run needs. And it works out the same few
