@@ -78,21 +78,21 @@ def run(settings: Settings, folder: Path, processes: Processes, every: int, say:
         raise ValueError(f"a batch of {settings.batch} can't be divided among {processes.size} processes")
     data, path, device = load(settings.dataset), _path(folder, settings), processes.device
     network = _begin(settings, data, folder, processes)
-    first_accuracy = accuracy(network, data, device)
+    state = checkpoint.load(path, settings)
+    first_accuracy = accuracy(network, data, device) if state is None else state["start"]
     average = copy.deepcopy(network)
     parallel = processes.parallel(network.train())
     optimizer = torch.optim.SGD(
         network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
     )
     step, losses, times, peak = 0, [], [], 0.0
-    state = checkpoint.load(path, settings)
     if state is not None:
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
         step, losses, times = state["step"], state["losses"], state["times"]
-        first_accuracy, peak = state["start"], state["peak"]
+        peak = state["peak"]
         say(f"{settings.name}: goes on at step {step}")
     while step < settings.steps:
         begin = time.perf_counter()

@@ -7,10 +7,12 @@
 #include "ops.h"
 #include "simd_test.h"
 
+#define VCR_JOIN_(a, b, c) a##_##b##_##c
+#define VCR_JOIN(a, b, c) VCR_JOIN_(a, b, c)
 namespace vcr {
-extern const Kernels<float> kernels_tested_float;
-extern const Kernels<double> kernels_tested_double;
-extern const Kernels<bf16> kernels_tested_bf16;
+extern const Kernels<float> VCR_JOIN(kernels, VCR_LEVEL, float);
+extern const Kernels<double> VCR_JOIN(kernels, VCR_LEVEL, double);
+extern const Kernels<bf16> VCR_JOIN(kernels, VCR_LEVEL, bf16);
 }  // namespace vcr
 
 namespace vcr_test {
@@ -34,15 +36,15 @@ template <class T>
 const Kernels<T>& tested();
 template <>
 const Kernels<float>& tested<float>() {
-  return kernels_tested_float;
+  return VCR_JOIN(kernels, VCR_LEVEL, float);
 }
 template <>
 const Kernels<double>& tested<double>() {
-  return kernels_tested_double;
+  return VCR_JOIN(kernels, VCR_LEVEL, double);
 }
 template <>
 const Kernels<bf16>& tested<bf16>() {
-  return kernels_tested_bf16;
+  return VCR_JOIN(kernels, VCR_LEVEL, bf16);
 }
 
 template <class Op, class T>

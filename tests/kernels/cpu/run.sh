@@ -3,7 +3,7 @@
 #
 #   tests/kernels/cpu/run.sh [MODE...]     default: plain
 #
-#   plain   as in the product (-O3), at every level this machine has
+#   plain   as in the product, at every level this machine has: the objects of the build in place where there is one, else compiled alike
 #   wide    64-byte vectors in the compiler's generic form: the code of machines with AVX-512, on any machine
 #   asan    AddressSanitizer and UndefinedBehaviorSanitizer, 32-byte vectors in the generic form: a masked load of avx2 is an intrinsic,
 #           which no sanitizer looks into (what those touch, simd_test.cpp checks against pages without access)
@@ -14,6 +14,7 @@
 # CXX is the compiler, MAX_JOBS the compile jobs at a time. Objects stay in build/kernels and are made anew when a source is newer.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
+. tests/kernels/built.sh
 here=tests/kernels/cpu
 jobs=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
 common=(-std=c++17 -ffp-contract=off -fno-math-errno -fvisibility=hidden -pthread -Icsrc)
@@ -29,10 +30,12 @@ has() { # FLAG...: this machine's processor has them all
   for flag in "$@"; do grep -qwm1 "$flag" /proc/cpuinfo 2>/dev/null || return 1; done
 }
 
-# compile NAME COMPILER_OPTIONS...: the driver build/kernels/NAME/driver. The reference is always optimised and never instrumented.
+# compile NAME LEVEL COMPILER_OPTIONS...: the driver build/kernels/NAME/driver. The reference is always optimised and never instrumented.
+# LEVEL names the kernels' tables: one of the product's, or `tested`.
 compile() {
-  local name=$1 folder=build/kernels/$1 source object type
-  shift
+  local name=$1 level=$2 folder=build/kernels/$1 kernels='' source object type
+  shift 2
+  [ "$level" = tested ] || kernels=$(built kernels/"$level"-{bf16,float,double}.o)
   mkdir -p "$folder"
   local stamp="$compiler ${common[*]} $*"
   [ -f "$folder/options" ] && [ "$(cat "$folder/options")" = "$stamp" ] || rm -f "$folder"/*.o
@@ -46,24 +49,30 @@ compile() {
     shift 2
     ! stale "$object" "$source" || printf '%s -c %s -o %s.new && mv %s.new %s\n' "$compiler ${common[*]} $*" "$source" "$object" "$object" "$object" >>"$list"
   }
-  for type in bf16 float double; do job "$folder/$type.o" csrc/cpu/table_isa.cpp "$@" -DVCR_LEVEL=tested "-DVCR_DTYPE=$type"; done
+  if [ -n "$kernels" ]; then
+    printf '%s: the kernels of %s\n' "$name" "$kernels"
+    kernels=("$kernels/kernels/$level"-{bf16,float,double}.o)
+  else
+    kernels=("$folder"/{bf16,float,double}.o)
+    for type in bf16 float double; do job "$folder/$type.o" csrc/cpu/table_isa.cpp "$@" "-DVCR_LEVEL=$level" "-DVCR_DTYPE=$type"; done
+  fi
   job "$folder/simd_test.o" "$here/simd_test.cpp" "$@"
   # one level's flags are for the kernels alone
   local plain=()
   for option in "$@"; do case $option in -m* | -D* | -O*) ;; *) plain+=("$option") ;; esac done
-  job "$folder/driver.o" "$here/driver.cpp" -O1 "${plain[@]}" -Wall -Wextra
+  job "$folder/driver.o" "$here/driver.cpp" -O1 "${plain[@]}" "-DVCR_LEVEL=$level" -Wall -Wextra
   for source in reference cases fresh_memory; do job "$folder/$source.o" "$here/$source.cpp" -O2 -Wall -Wextra; done
   xargs -P "$jobs" -d '\n' -I{} nice -n 10 bash -c '{}' <"$list" || die "compiling $name failed"
-  $compiler -pthread "${plain[@]}" -Wl,--wrap=aligned_alloc "$folder"/{bf16,float,double,simd_test,driver,reference,cases,fresh_memory}.o -o "$folder/driver"
+  $compiler -pthread "${plain[@]}" -Wl,--wrap=aligned_alloc "${kernels[@]}" "$folder"/{simd_test,driver,reference,cases,fresh_memory}.o -o "$folder/driver"
 }
 
-# build_and_run NAME COMPILE_OPTIONS... [-- DRIVER_OPTIONS...]
+# build_and_run NAME LEVEL COMPILE_OPTIONS... [-- DRIVER_OPTIONS...]
 build_and_run() {
-  local name=$1 options=() start=$SECONDS built
-  shift
+  local name=$1 level=$2 options=() start=$SECONDS built
+  shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
   [ $# = 0 ] || shift
-  compile "$name" "${options[@]}"
+  compile "$name" "$level" "${options[@]}"
   built=$SECONDS
   printf '%s (compiled in %d s)\n' "$name" $((built - start))
   "${runner[@]}" nice -n 10 "build/kernels/$name/driver" "$@" || die "$name: FAILED"
@@ -80,16 +89,16 @@ must_stop() {
 
 mode_plain() {
   if [ "$(uname -m)" = x86_64 ]; then
-    build_and_run plain-baseline -O3
-    ! has avx2 fma f16c || build_and_run plain-avx2 -O3 "${avx2[@]}"
-    ! has avx512f avx512bw avx512dq avx512vl || build_and_run plain-avx512 -O3 "${avx512[@]}"
+    build_and_run plain-baseline baseline -O3
+    ! has avx2 fma f16c || build_and_run plain-avx2 avx2 -O3 "${avx2[@]}"
+    ! has avx512f avx512bw avx512dq avx512vl || build_and_run plain-avx512 avx512 -O3 "${avx512[@]}"
   else
-    build_and_run plain-neon -O3
+    build_and_run plain-neon neon -O3
   fi
 }
 mode_wide() {
   [ "$(uname -m)" = x86_64 ] || { echo "wide: SKIPPED, it is for x86-64"; return; }
-  build_and_run wide -O1 -DVCR_VECTOR_BYTES=64 -Wno-psabi
+  build_and_run wide tested -O1 -DVCR_CALLS -DVCR_VECTOR_BYTES=64 -Wno-psabi
 }
 
 sanitized_level() {
@@ -100,13 +109,13 @@ mode_asan() {
   sanitized_level
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
   # To compile in a third of the time: AddressSanitizer calls functions, and UBSan's checks of what it sees better are left out.
-  build_and_run asan -O1 -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
+  build_and_run asan tested -O1 -DVCR_CALLS -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
     -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined "${level[@]}" -- --every 3
   must_stop asan overread 'ERROR: AddressSanitizer'
 }
 mode_tsan() {
   sanitized_level
-  build_and_run tsan -O1 -g1 -fsanitize=thread "${level[@]}" -- --every 4
+  build_and_run tsan tested -O1 -DVCR_CALLS -g1 -fsanitize=thread "${level[@]}" -- --every 4
   must_stop tsan race 'WARNING: ThreadSanitizer: data race'
 }
 
@@ -121,7 +130,7 @@ mode_neon() {
     return
   fi
   local compiler=aarch64-linux-gnu-g++ runner=(under_qemu)
-  build_and_run neon -O1 -Wno-psabi -- --every 6
+  build_and_run neon tested -O1 -Wno-psabi -- --every 6
 }
 under_qemu() { # nice -n 10 DRIVER OPTIONS...
   nice -n 10 qemu-aarch64 -L /usr/aarch64-linux-gnu "${@:4}"
