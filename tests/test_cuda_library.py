@@ -31,7 +31,8 @@ kernel = torch.library.get_kernel(op, "CUDA")
 z = torch.zeros(2, 12, 3, 3)
 zeros = torch.zeros(3, 4)
 try:
-    kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), z, z[:, :3, 0], None, None, zeros, zeros, None)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    kernel.call_boxed(keys, z, z[:, :3, 0], None, None, zeros, zeros, None)
 except ValueError as error:
     print(error)
 """
@@ -84,7 +85,7 @@ def test_named_where_it_cannot_run() -> None:
     if not WITH_CUDA:
         with pytest.raises(RuntimeError, match=r"'cuda' can't run here .* is built without CUDA; install one that has"):
             resolve("cuda", Case("cuda"))
-    with pytest.raises(RuntimeError, match="torch.func can't look into the CUDA kernels; use backend='composite'"):
+    with pytest.raises(RuntimeError, match=r"torch.func can't look into the CUDA kernels; use backend='composite'"):
         resolve("cuda", Case("cuda", "torch.func"))
     explained = vcr_ops.explain(middle("cuda"), y)
     assert (explained.backend, explained.reason) == ("cuda", "the keyword backend names it")

@@ -6,7 +6,7 @@ import gc
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -44,7 +44,7 @@ class Cuda:
     """The current CUDA (or ROCm) device."""
 
     name = "cuda"
-    backends: ClassVar = {"triton": "vcr_ops Triton", "cuda": "vcr_ops CUDA C++"}
+    backends: dict[str, str] = {"triton": "vcr_ops Triton", "cuda": "vcr_ops CUDA C++"}  # noqa: RUF012
     backend = "triton"
 
     def __init__(self) -> None:

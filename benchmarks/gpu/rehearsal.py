@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +36,7 @@ class Rehearsal:
     """The composite on the CPU, and the C++ kernels as the second backend."""
 
     name = "cpu"
-    backends: ClassVar = {"composite": "vcr_ops stand-in", "cpp": "vcr_ops C++"}
+    backends: dict[str, str] = {"composite": "vcr_ops stand-in", "cpp": "vcr_ops C++"}  # noqa: RUF012
     backend = "composite"
     l2_bytes = 1 << 20
 
