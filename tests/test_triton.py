@@ -178,7 +178,7 @@ def test_the_gpu_s_key_holds_a_chooser(stand_in: StandIn) -> None:
     seen: list[str] = []
     dispatch._functions[forward, "first"] = lambda *args: seen.append("first")
     dispatch._functions[forward, "second"] = lambda *args: seen.append("second")
-    kernel = dispatch._serve(forward, ("first", "second"))
+    kernel = dispatch._serve(forward, "CPU", ("first", "second"))
     try:
         kernel()
         backend._context.name = "second"
