@@ -31,10 +31,10 @@ def test_launches_of_a_training_step(sampler: str, modulation: str) -> None:
     for ((p, size), layout), n in itertools.product(PLACES, (1, 256)):
         problem = record.Problem(p, size, n, layout=layout, sampler=sampler, modulation=modulation)
         forward, backward = record.middle_launches(problem, "sm_90")
-        assert len(forward) + len(backward) == 9, [each.name for each in forward + backward]
+        assert len(forward) + len(backward) == 10, [each.name for each in forward + backward]
         names = [each.name for each in forward]
         assert names[0] == "channel_stats"
-        assert names[-1] == "concept_modulate"
+        assert names[-2:] == ["concept_modulate", "move_running_stats"]
         assert [each.name for each in backward][-1] == "middle_input_grad"
 
 
