@@ -7,10 +7,13 @@ from tests.grid import Case
 from tests.ops import adapters
 
 CASES = [
-    Case("vcr_middle", "dynamic", edges, modulation, "both", norm, state, dtype="f64", layout=layout, size="N2C3p1S15")
-    for edges, modulation, norm, state, layout in (
-        ("dynamic", "pixel", "batch", "batch", "channels_last"),
-        ("static", "channel", "given", "given", "contiguous"),
+    Case("vcr_middle", sampler, edges, modulation, "both", norm, state, dtype="f64", layout=layout, size="N2C3p1S15")
+    for sampler, edges, modulation, norm, state, layout in (
+        ("dynamic", "dynamic", "pixel", "batch", "batch", "channels_last"),
+        ("dynamic", "static", "channel", "given", "given", "contiguous"),
+        ("static", "none", "pixel", "none", "given", "contiguous"),
+        ("static", "dynamic", "pixel", "given", "batch", "channels_last"),
+        ("dynamic", "none", "channel", "none", "given", "channels_last"),
     )
 ] + [Case("concept_reason", edges="dynamic", state="batch", dtype="f64", layout=None, size="N2C4p3S7")]
 
@@ -19,16 +22,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from vcr_ops.ops.concept_reason import triton as reason
-    from vcr_ops.ops.concept_sample import triton as sample
     from vcr_ops.ops.vcr_middle import triton as middle
     from vcr_ops.triton_common import sizes
 
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
     monkeypatch.setattr(reason, "SMALL_TILE", 8)
     monkeypatch.setattr(middle, "SMALL_TILE", 4)
-    monkeypatch.setattr(middle, "MERGED_TILE", 0)
+    monkeypatch.setattr(sizes, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
-    monkeypatch.setattr(sample, "ONE_TILE", 0)
+    monkeypatch.setattr(sizes, "ONE_TILE", 0)
     adapter = adapters()[case.op]
     inputs, gradients = adapter.draw(case)
     ours = adapter.our_result(inputs, gradients, case, "triton").tensors()
