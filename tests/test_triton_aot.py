@@ -114,6 +114,20 @@ def test_every_kernel_compiles() -> None:
         assert result.registers > 0
 
 
+def test_a_large_batch() -> None:
+    """What every program reads of all images' states has a bound, and so have the registers that it takes."""
+    problem = record.Problem(32, 7, 4096, modulation="pixel")
+    forward, backward = record.middle_launches(problem, "sm_90")
+    modulate = next(each for each in forward if each.name == "concept_modulate")
+    norm = next(each for each in backward if each.name == "state_norm_backward")
+    assert {x.numel() for x in modulate.args if isinstance(x, torch.Tensor) and x.dtype is torch.float64} == {
+        128 * 2 * 8
+    }
+    assert norm.grid == (128,)
+    kernel = aot.kernel_of(modulate, "sm_90", problem)
+    assert aot.compile_kernel(kernel).complaint("sm_90") == ""
+
+
 @triton.jit
 def spills(x, o, N: tl.constexpr):
     """Far more live values than there are registers."""

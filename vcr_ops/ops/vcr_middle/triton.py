@@ -22,6 +22,8 @@ from ..concept_reason.triton_kernels import state_norm_backward
 from . import triton_backward, triton_forward, triton_input_grad
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
+STATE_ROWS = 128  # groups of images whose states' statistics every program of the last pass merges
+STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
 
 
@@ -166,11 +168,13 @@ def forward(
     )
     reasoned = state_batch or save
     state_parts = None
+    per_row = cdiv(N, STATE_ROWS)
+    state_rows = cdiv(N, per_row)
     if reasoned:
-        state_parts = y.new_empty((2 * N * pt,), dtype=torch.float64)
+        state_parts = y.new_empty((2 * state_rows * pt,), dtype=torch.float64)
         launch(
             triton_forward.concept_reason,
-            (N,),
+            (state_rows,),
             y.device,
             value,
             norm_bias,
@@ -179,6 +183,7 @@ def forward(
             parts,
             state_parts,
             N,
+            per_row,
             **{name: x for name, x in common.items() if name != "LAST"},
             C2=power_of_two(C),
             NORM=norm,
@@ -190,6 +195,7 @@ def forward(
             num_warps=4,
         )
     # pass 3
+    rows = rows_at_once(power_of_two(pt), state_rows)
     found = size.config("concept_modulate")
     chunks = splits_of(found, S)
     launch(
@@ -214,6 +220,8 @@ def forward(
         batch_state_var,
         N,
         S,
+        state_rows,
+        per_row,
         **common,
         NORM=norm,
         EDGES=edges,
@@ -226,7 +234,8 @@ def forward(
         DB=exchange_blocks(C, pt)["DB"],
         CB=found["CB"],
         BS=found["BS"],
-        ROWS=rows_at_once(power_of_two(pt), N),
+        ROWS=rows,
+        ONE_BLOCK=rows >= state_rows,
         **options(found),
     )
     return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
@@ -348,7 +357,7 @@ def backward(
     )
     launch(
         state_norm_backward,
-        (N,),
+        (min(N, STATE_PROGRAMS),),
         y.device,
         dstate,
         saved.narrow(0, saved_states(N, C, p, pt), N * C * pt),

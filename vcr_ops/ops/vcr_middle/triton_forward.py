@@ -31,6 +31,7 @@ from ..concept_reason.triton_kernels import (
     exchange,
     normalise,
     reason_image,
+    rows_stats,
     state_norm,
     store_edges,
     store_state_norm,
@@ -335,6 +336,7 @@ def concept_reason(
     parts,
     state_parts,
     N,
+    per_row,
     NORM: tl.constexpr,
     EDGES: tl.constexpr,
     SAVE: tl.constexpr,
@@ -350,38 +352,48 @@ def concept_reason(
     PT2: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """G = H + A H of one image, and its share of the states' statistics. Grid (N,).
+    """G = H + A H of ``per_row`` images, and their row of state_parts (see store_state_part). Grid (rows,).
 
-    MERGE: the sampler has left the image in splits. state_parts: see store_state_part.
+    MERGE: the sampler has left each image in splits.
     """
-    n = tl.program_id(0)
+    row = tl.program_id(0)
     k = tl.arange(0, PT2)
     h_at = states_at(saved, N, 1, C, P, PT)
     g_to = states_at(saved, N, 2, C, P, PT)
     edges_to = edges_of(saved, N, C, P, PT)
-    if MERGE:
-        c = tl.arange(0, C2)
-        j = tl.arange(0, P2)
-        h, maximum, total, r, R = finish_sample(
-            parts, saved, norm_bias, value, n, N, c, j, k, NORM, SAVE, SPLITS, C, P, P2, PT, PT2, C2, ACC
-        )
-        store_channels(per_image(saved, N, 2, C, P), n, c, j, r, C, P)
-        at = softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3
-        tl.store(at, maximum, mask=c < C)
-        tl.store(at + 1, total, mask=c < C)
-        if SAVE:
-            store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
-        store_states(h_at, n, c, k, h, C, PT)
-        g = h
-        if EDGES != "none":
-            a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
-            if SAVE & (EDGES == "dynamic"):
-                store_edges(edges_to, n, c, c, a, C)
-            g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
-        store_states(g_to, n, c, k, g, C, PT)
-        store_state_part(state_parts, n, c, k, g, C, PT)
-    else:
-        reason_image(h_at, edge, g_to, edges_to, state_parts, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
+    first = row * per_row
+    mean = tl.zeros((PT2,), tl.float64)
+    squares = tl.zeros((PT2,), tl.float64)
+    for image in range(first, tl.minimum(first + per_row, N)):
+        n = scalar(image)
+        if MERGE:
+            c = tl.arange(0, C2)
+            j = tl.arange(0, P2)
+            h, maximum, total, r, R = finish_sample(
+                parts, saved, norm_bias, value, n, N, c, j, k, NORM, SAVE, SPLITS, C, P, P2, PT, PT2, C2, ACC
+            )
+            store_channels(per_image(saved, N, 2, C, P), n, c, j, r, C, P)
+            at = softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3
+            tl.store(at, maximum, mask=c < C)
+            tl.store(at + 1, total, mask=c < C)
+            if SAVE:
+                store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
+            store_states(h_at, n, c, k, h, C, PT)
+            g = h
+            if EDGES != "none":
+                a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
+                if SAVE & (EDGES == "dynamic"):
+                    store_edges(edges_to, n, c, c, a, C)
+                g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
+            store_states(g_to, n, c, k, g, C, PT)
+            image_mean, image_squares = rows_stats(g, c, scalar(C).to(tl.float64), C)
+        else:
+            image_mean, image_squares = reason_image(h_at, edge, g_to, edges_to, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
+        done = scalar(image - first).to(tl.float64)
+        apart = image_mean - mean
+        mean += apart / (done + 1.0)
+        squares += image_squares + apart * apart * (C * done / (done + 1.0))
+    store_state_part(state_parts, row, k, mean, squares, PT)
 
 
 @triton.jit
@@ -410,6 +422,8 @@ def concept_modulate(
     batch_state_var,
     N,
     S,
+    state_rows,
+    per_row,
     NORM: tl.constexpr,
     EDGES: tl.constexpr,
     PIXEL: tl.constexpr,
@@ -427,6 +441,7 @@ def concept_modulate(
     CB: tl.constexpr,
     BS: tl.constexpr,
     ROWS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -453,7 +468,9 @@ def concept_modulate(
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
         g = exchange(h_mine, h_from, edge, saved, n, c, k, EDGES, False, DB, C, PT, ACC)
     first = tl.program_id(0) == 0
-    mean, rstd, var = state_norm(state_parts, state_mean, state_var, N, k, STATE_EPS, STATE_BATCH, C, PT, ROWS)
+    mean, rstd, var = state_norm(
+        state_parts, state_mean, state_var, state_rows, per_row, N, k, STATE_EPS, STATE_BATCH, ONE_BLOCK, C, PT, ROWS
+    )
     if STATE_BATCH:
         if first:
             tl.store(batch_state_mean + k, mean.to(ACC), mask=k < PT)
