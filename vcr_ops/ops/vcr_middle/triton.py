@@ -17,7 +17,7 @@ from ...triton_common.sizes import (
     sizes_of,
     splits_of,
 )
-from ..concept_reason.triton import exchange_blocks
+from ..concept_reason.triton import exchange_blocks, rows_of_sums
 from ..concept_reason.triton_kernels import state_norm_backward
 from . import triton_backward, triton_forward, triton_input_grad
 
@@ -25,6 +25,7 @@ STATS_ROWS = 64  # groups of images, so that a prologue can merge their statisti
 STATE_ROWS = 128  # groups of images whose states' statistics every program of the last pass merges
 STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
+GRADIENT_TILE = 2048  # elements that small_gradients has of several images, beside many sums
 
 
 def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
@@ -195,7 +196,7 @@ def forward(
             num_warps=4,
         )
     # pass 3
-    rows = rows_at_once(power_of_two(pt), state_rows)
+    rows = rows_of_sums(pt, state_rows)
     found = size.config("concept_modulate")
     chunks = splits_of(found, S)
     launch(
@@ -373,7 +374,7 @@ def backward(
         CB=rows_at_once(pt2, C),
         PT=pt,
         PT2=pt2,
-        ROWS=rows_at_once(pt2, N),
+        ROWS=rows_of_sums(pt, N),
         ACC=constants["ACC"],
         num_warps=4,
     )
@@ -384,7 +385,7 @@ def backward(
     partial = numbers(groups * (5 * CP * pt + 5 * CP + edge_numbers))
     dr, constant, rdr = numbers(N * CP), numbers(N * CP), numbers(N * C)
     c2 = power_of_two(C)
-    at_once = SMALL_TILE // max(c2 * pt2, p2 * pt2)
+    at_once = GRADIENT_TILE // max(c2 * pt2, p2 * pt2)
     launch(
         triton_backward.small_gradients,
         (C, groups),
