@@ -164,11 +164,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     else:
         if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
-        notes.append("evaluation's second read comes from cache, where the map of an image fits it")
+        last = "last read comes from the L2, where the batch's map fits it"
+        last = last if backend.name == "triton" else "second read comes from cache, where the map of an image fits it"
+        notes.append(f"evaluation's {last}")
         if any(each.name == "concept_sample" and each.reads > 1 for step in steps for each in step.passes):
-            notes.append(
-                "concept_sample reads a map that fits no tile again, last tile first, from cache what is there"
-            )
+            notes.append("concept_sample reads an image that fits no tile again, from cache what is still there")
     if synced:
         who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
         processes = max(group.size for group in synced)
