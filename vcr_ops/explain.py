@@ -161,7 +161,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     else:
         if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
-        notes.append("evaluation's second read comes from cache, where the map of an image fits it")
+        if backend.name == "cuda":
+            notes.append("evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip")
+            notes.append("training's later reads come from the L2 cache where its maps fit there")
+        else:
+            notes.append("evaluation's second read comes from cache, where the map of an image fits it")
     if synced:
         who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
         processes = max(group.size for group in synced)
@@ -254,10 +258,10 @@ def _backward_flops(shapes: list[Any]) -> int:
 def _fused_passes(
     backend: str, arguments: tuple[Any, ...], path: str, training: bool
 ) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes of the fused kernels, C++ or Triton, which their sources describe under the same names."""
+    """The passes of the fused kernels, C++, Triton or CUDA C++, which their sources describe under the same names."""
     batch, pool = arguments[18] == "batch", arguments[21] == "pool"
-    # Triton's pool sampler takes the mean from the statistics. The C++ one reads again.
-    attend = [] if backend == "triton" and batch and pool else [Pass("concept_sample", 1, 0)]
+    # A GPU's pool sampler takes the mean from the statistics. The C++ one reads again.
+    attend = [] if backend in ("triton", "cuda") and batch and pool else [Pass("concept_sample", 1, 0)]
     if batch:
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))
