@@ -114,6 +114,25 @@ def test_every_kernel_compiles() -> None:
         assert result.registers > 0
 
 
+def test_every_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled ahead of time uses each rule of the table, on each architecture that it is for."""
+    used, holds = set(), configs._holds
+
+    def noted(rule: configs.Rule, names: dict[str, Any], sizes: dict[str, int]) -> bool:
+        found = holds(rule, names, sizes)
+        if found:
+            used.add((configs.rules().index(rule), names["arch"]))
+        return found
+
+    monkeypatch.setattr(configs, "_holds", noted)
+    configs.config.cache_clear()
+    for arch, problem in aot.problems():
+        record.launches(problem, arch)
+    archs = [rule.get("arch", aot.ARCHS) for rule in configs.rules()]
+    wanted = {(i, arch) for i, of in enumerate(archs) for arch in ([of] if isinstance(of, str) else of)}
+    assert {(i, arch) for i, arch in wanted if arch in aot.ARCHS} - used == set()
+
+
 @triton.jit
 def spills(x, o, N: tl.constexpr):
     """Far more live values than there are registers."""

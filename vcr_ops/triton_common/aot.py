@@ -42,9 +42,10 @@ from .record import Problem
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 ARCHS = tuple(SHARED_LIMIT)
 STAGES = ((4, 56), (8, 28), (16, 14), (32, 7))  # p, height and width: the paper's, at 224 x 224
+LARGE = ((4, 160), (8, 80), (16, 40))  # at 640 x 640, as for detection
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last")
-BATCHES = (256, 1)
+BATCHES = (256, 1, 1024)
 LOOKS = (("dynamic", "channel"), ("dynamic", "pixel"), ("static", "pixel"), ("static", "channel"), ("pool", "channel"))
 
 
@@ -178,14 +179,21 @@ def compile_kernel(kernel: Kernel) -> Result:
 
 
 def problems() -> list[tuple[str, Problem]]:
-    """Each architecture with each stage and layout in training, and with each layout in evaluation and op by op.
+    """All that the rules of ``configs.json`` depend on, so that each is used: each architecture with each stage and layout
+    in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
+    layout op by op.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
-    places: list[tuple[Any, ...]] = [(*place, "training") for place in itertools.product(ARCHS, LAYOUTS, STAGES)]
+    places: list[tuple[Any, ...]] = []  # with the batches that are to choose from
+    for arch, layout in itertools.product(ARCHS, LAYOUTS):
+        batches = ((1,), (256, 1024)) if layout == "channels_last" else (BATCHES,)
+        places += [(arch, layout, stage, "training", some) for stage, some in itertools.product(STAGES, batches)]
+    evaluated = itertools.product(ARCHS, LAYOUTS, STAGES + LARGE)
+    places += [(*place, "evaluation", BATCHES) for place in evaluated]
     places += [
-        (arch, layout, STAGES[i % len(STAGES)], mode)
-        for i, (mode, arch, layout) in enumerate(itertools.product(("evaluation", "single ops"), ARCHS, LAYOUTS))
+        (arch, layout, STAGES[i % len(STAGES)], "single ops", BATCHES)
+        for i, (arch, layout) in enumerate(itertools.product(ARCHS, LAYOUTS))
     ]
     variants = list(itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES))
     seen: set[Any] = set()
@@ -197,8 +205,8 @@ def problems() -> list[tuple[str, Problem]]:
         return pairs, threes
 
     found = []
-    for place in places:
-        choices = max(((*place, *variant) for variant in variants), key=news)
+    for *place, some in places:
+        choices = max(((*place, *variant) for variant in variants if variant[1] in some), key=news)
         numbered = list(enumerate(choices))
         seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))
         arch, layout, (p, size), mode, dtype, n, (sampler, modulation), edges, affine = choices
