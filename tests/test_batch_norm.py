@@ -12,6 +12,7 @@ from torch import nn
 import python_ref
 import vcr_ops
 
+from .backends import TRITON
 from .closeness import Closeness, Result
 
 BACKENDS = ["cpp", "composite"]
@@ -82,7 +83,7 @@ def test_training_steps(backend, layout, momentum, modulation):
     assert int(ours.bn.num_batches_tracked) == 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 def test_different_momenta_and_eps(backend):
     def change(module):
         module.bn.momentum, module.bn.eps = 0.3, 0.1
@@ -149,7 +150,7 @@ def test_train_and_eval_in_turns(backend):
         assert_same_steps(ours.train(training), plain.train(training), steps=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_no_images(backend, momentum):
     """N = 0 counts as a batch and moves nothing."""
@@ -184,7 +185,7 @@ def test_one_value_per_channel_moves_nothing(backend):
         assert torch.equal(x, before[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, TRITON])
 def test_single_modules_keep_their_statistics(backend):
     torch.manual_seed(0)
     ours = vcr_ops.modules.reasoner.ConceptReasoner(C * P, C, backend=backend).double()

@@ -28,6 +28,18 @@ def test_the_fewest_passes(modulation: str, sampler: str) -> None:
     assert found.copies == ()
 
 
+def test_triton_s_passes_need_no_gpu() -> None:
+    """By the sizes: a query that is made of the mean of an image that fits no tile reads it twice."""
+    m = middle("triton")
+    for size, reads in ((56, 2), (90, 3)):
+        found = vcr_ops.explain(m, feature_map(1, 12, size, size))
+        assert found.why_not is not None
+        assert (found.step("evaluation").reads, found.step("evaluation").writes) == (reads, 1)
+        assert (found.step("training forward").reads, found.step("training backward").reads) == (3, 4)
+        assert any("again" in note for note in found.notes) == (reads == 3)
+    assert vcr_ops.explain(middle("triton", sampler="static"), feature_map(1, 12, 90, 90)).step("evaluation").reads == 2
+
+
 def test_text() -> None:
     text = str(vcr_ops.explain(middle("auto"), feature_map(2, 12, 4, 5)))
     assert "VisualConceptReasoning: the middle, on a map (2, 12, 4, 5) float32 contiguous" in text

@@ -210,7 +210,7 @@ def test_compiled_is_eager(variant: str, channels_last: bool) -> None:
     try:
         with vcr_ops.use_backend("triton"):
             eager = results(m, y)
-            launched = names.copy()
+            launched = [name for name in names if name != "move_running_stats"]  # compiled, these are the compiler's
             names.clear()
             compiled = torch.compile(m, fullgraph=True, backend=aot_eager)
             assert_same(results(m, y, compiled), eager)
@@ -235,3 +235,102 @@ def test_the_interpreter_takes_cpu_tensors_by_name_alone() -> None:
     y: Tensor = feature_map(2, 12, 2, 3).half()
     with torch.no_grad():
         assert middle("triton")(y).dtype == torch.float16
+
+
+def computed_by_torch(run: Any) -> set[str]:
+    """PyTorch's ops that launch a kernel on a GPU: all but those that make or view memory."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    views = {"empty", "empty_strided", "empty_like", "new_empty", "view", "detach", "narrow", "slice", "as_strided"}
+    names = {event.key.removeprefix("aten::") for event in profiler.key_averages() if event.key.startswith("aten::")}
+    return names - views - {"movedim", "permute", "detach_", "alias", "transpose", "select", "expand_as", "result_type"}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_module_s_training_step_makes_ten_launches(variant: str, channels_last: bool) -> None:
+    """The running statistics of both norms, and their counters, take one of them; PyTorch launches nothing."""
+    from vcr_ops.triton_common.record import holding
+
+    m = middle("triton", **VARIANTS[variant])
+    y = feature_map(4, 12, 4, 5, channels_last=channels_last).requires_grad_()
+    leaves = [y, *m.parameters()]
+    grad = feature_map(4, 12, 4, 5, channels_last=channels_last)
+    with holding() as launches:
+        torch.autograd.grad(m(y), leaves, grad)  # what is done once is over
+        launches.clear()
+        assert computed_by_torch(lambda: torch.autograd.grad(m(y), leaves, grad)) == set()
+    names = [each.name for each in launches]
+    assert len(names) == 10, names
+    assert names.count("move_running_stats") == 1
+
+
+MOMENTA = [(0.1, 0.1), (0.7, None), (None, 0.0), (1.0, 0.3)]
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("momenta", MOMENTA)
+@pytest.mark.parametrize("kept, dtype", [("float32", "float32"), ("float64", "float64"), ("float16", "float32")])
+def test_running_statistics_move_as_pytorch_moves_them(momenta: Any, kept: str, dtype: str) -> None:
+    """NaN and infinity as well; each buffer's version is counted, so that autograd sees the change."""
+    from torch import nn
+
+    from vcr_ops.modules.running_stats import update_running_stats
+    from vcr_ops.triton_common.launch import hooks
+
+    def norms() -> list[Any]:
+        made: list[Any] = [nn.BatchNorm2d(1030, momentum=momenta[0]), nn.BatchNorm1d(7, momentum=momenta[1])]
+        return [bn.to(getattr(torch, kept)) for bn in made]
+
+    ours, plain = norms(), norms()
+    generator = torch.Generator().manual_seed(0)
+    names: list[str] = []
+    hooks.append(lambda launch: names.append(launch.name))
+    try:
+        for _ in range(3):
+            batch = [torch.rand(2, n, generator=generator, dtype=torch.float64) for n in (1030, 7)]
+            batch[0][0, 3], batch[1][1, 5], batch[1][0, 2] = float("nan"), float("inf"), -float("inf")
+            found = [x.to(getattr(torch, dtype)).unbind() for x in batch]
+            before = [x._version for bn in ours for x in bn.buffers()]
+            update_running_stats([(bn, *x) for bn, x in zip(ours, found, strict=True)], False, triton=True)
+            assert all(x._version > v for x, v in zip((x for bn in ours for x in bn.buffers()), before, strict=True))
+            update_running_stats([(bn, *x) for bn, x in zip(plain, found, strict=True)], False)
+    finally:
+        hooks.pop()
+    assert names == ["move_running_stats"] * 3
+    for bn, other in zip(ours, plain, strict=True):
+        for mine, theirs in zip(bn.buffers(), other.buffers(), strict=True):
+            rounding = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
+            torch.testing.assert_close(mine, theirs, rtol=2 * rounding, atol=rounding, equal_nan=True)
+
+
+@pytest.mark.triton
+def test_running_statistics_that_no_kernel_can_write() -> None:
+    """Strided buffers are moved all the same; nothing is moved where nothing is kept."""
+    from torch import nn
+
+    from vcr_ops.modules.running_stats import update_running_stats
+    from vcr_ops.triton_common.launch import hooks
+
+    bn: Any = nn.BatchNorm1d(3)
+    bn.running_mean = torch.zeros(3, 2)[:, 0]
+    names: list[str] = []
+    hooks.append(lambda launch: names.append(launch.name))
+    try:
+        batch = torch.ones(3), torch.ones(3)
+        update_running_stats([(bn, *batch)], False, triton=True)
+        torch.testing.assert_close(bn.running_mean, torch.full((3,), 0.1))
+        assert int(bn.num_batches_tracked) == 1
+        update_running_stats([(nn.BatchNorm1d(3, track_running_stats=False), *batch)], False, triton=True)
+        update_running_stats([(nn.BatchNorm1d(3).eval(), *batch)], False, triton=True)
+        assert names == []
+        bn.running_mean = None
+        update_running_stats([(bn, *batch)], False, triton=True)
+        assert names == ["move_running_stats"]
+        assert int(bn.num_batches_tracked) == 2
+    finally:
+        hooks.pop()

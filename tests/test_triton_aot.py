@@ -31,10 +31,10 @@ def test_launches_of_a_training_step(sampler: str, modulation: str) -> None:
     for ((p, size), layout), n in itertools.product(PLACES, (1, 256)):
         problem = record.Problem(p, size, n, layout=layout, sampler=sampler, modulation=modulation)
         forward, backward = record.middle_launches(problem, "sm_90")
-        assert len(forward) + len(backward) == 9, [each.name for each in forward + backward]
+        assert len(forward) + len(backward) == 10, [each.name for each in forward + backward]
         names = [each.name for each in forward]
         assert names[0] == "channel_stats"
-        assert names[-1] == "concept_modulate"
+        assert names[-2:] == ["concept_modulate", "move_running_stats"]
         assert [each.name for each in backward][-1] == "middle_input_grad"
 
 
@@ -131,6 +131,20 @@ def test_every_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     archs = [rule.get("arch", aot.ARCHS) for rule in configs.rules()]
     wanted = {(i, arch) for i, of in enumerate(archs) for arch in ([of] if isinstance(of, str) else of)}
     assert {(i, arch) for i, arch in wanted if arch in aot.ARCHS} - used == set()
+
+
+def test_a_large_batch() -> None:
+    """What every program reads of all images' states has a bound, and so have the registers that it takes."""
+    problem = record.Problem(32, 7, 4096, modulation="pixel")
+    forward, backward = record.middle_launches(problem, "sm_90")
+    modulate = next(each for each in forward if each.name == "concept_modulate")
+    norm = next(each for each in backward if each.name == "state_norm_backward")
+    assert {x.numel() for x in modulate.args if isinstance(x, torch.Tensor) and x.dtype is torch.float64} == {
+        128 * 2 * 8
+    }
+    assert norm.grid == (128,)
+    kernel = aot.kernel_of(modulate, "sm_90", problem)
+    assert aot.compile_kernel(kernel).complaint("sm_90") == ""
 
 
 @triton.jit

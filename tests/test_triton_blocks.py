@@ -7,10 +7,13 @@ from tests.grid import Case
 from tests.ops import adapters
 
 CASES = [
-    Case("vcr_middle", "dynamic", edges, modulation, "both", norm, state, dtype="f64", layout=layout, size="N2C3p1S15")
-    for edges, modulation, norm, state, layout in (
-        ("dynamic", "pixel", "batch", "batch", "channels_last"),
-        ("static", "channel", "given", "given", "contiguous"),
+    Case("vcr_middle", sampler, edges, modulation, "both", norm, state, dtype="f64", layout=layout, size="N2C3p1S15")
+    for sampler, edges, modulation, norm, state, layout in (
+        ("dynamic", "dynamic", "pixel", "batch", "batch", "channels_last"),
+        ("dynamic", "static", "channel", "given", "given", "contiguous"),
+        ("static", "none", "pixel", "none", "given", "contiguous"),
+        ("static", "dynamic", "pixel", "given", "batch", "channels_last"),
+        ("dynamic", "none", "channel", "none", "given", "channels_last"),
     )
 ] + [Case("concept_reason", edges="dynamic", state="batch", dtype="f64", layout=None, size="N2C4p3S7")]
 
@@ -19,16 +22,15 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from vcr_ops.ops.concept_reason import triton as reason
-    from vcr_ops.ops.concept_sample import triton as sample
     from vcr_ops.ops.vcr_middle import triton as middle
     from vcr_ops.triton_common import sizes
 
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
     monkeypatch.setattr(reason, "SMALL_TILE", 8)
     monkeypatch.setattr(middle, "SMALL_TILE", 4)
-    monkeypatch.setattr(middle, "MERGED_TILE", 0)
+    monkeypatch.setattr(sizes, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
-    monkeypatch.setattr(sample, "ONE_TILE", 0)
+    monkeypatch.setattr(sizes, "ONE_TILE", 0)
     adapter = adapters()[case.op]
     inputs, gradients = adapter.draw(case)
     ours = adapter.our_result(inputs, gradients, case, "triton").tensors()
@@ -41,3 +43,20 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(
         outputs, adapter.ours(adapter.leaves(inputs, case), case, "composite"), rtol=1e-10, atol=1e-12
     )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("edges", ["dynamic", "static"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_states_of_several_images_in_a_row(channels_last: bool, edges: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large batches: a program reasons for several images, the last one for fewer, and later ones take turns."""
+    from tests.small import assert_same, feature_map, results
+    from tests.small import middle as module
+    from vcr_ops.ops.vcr_middle import triton as middle
+
+    y = feature_map(5, 12, 3, 5, dtype=torch.float64, channels_last=channels_last)
+    for rows, programs in ((2, 3), (3, 2)):
+        monkeypatch.setattr(middle, "STATE_ROWS", rows)
+        monkeypatch.setattr(middle, "STATE_PROGRAMS", programs)
+        ours, other = (results(module(name, edges=edges).double(), y) for name in ("triton", "composite"))
+        assert_same(ours, other, 1e-10)

@@ -146,7 +146,10 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     steps, copies, notes = [], [], []
     for training in (True, False):
         arguments = op_arguments(y, norm, middle, path, training)
-        if backend.name != "composite":
+        if backend.name == "triton":
+            here = not case.fake and case.device != "meta" and backend.why_not(case) is None
+            forward, backward = _triton_passes(y, arguments, path, training, here)
+        elif backend.name != "composite":
             forward, backward = _fused_passes(backend.name, arguments, path, training)
         else:
             forward, backward = _composite_passes(y, arguments, training)
@@ -166,6 +169,10 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
             notes.append("training's later reads come from the L2 cache where its maps fit there")
         else:
             notes.append("evaluation's second read comes from cache, where the map of an image fits it")
+        if any(each.name == "concept_sample" and each.reads > 1 for step in steps for each in step.passes):
+            notes.append(
+                "concept_sample reads a map that fits no tile again, last tile first, from cache what is there"
+            )
     if synced:
         who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
         processes = max(group.size for group in synced)
@@ -255,13 +262,33 @@ def _backward_flops(shapes: list[Any]) -> int:
     return flops.vcr_middle_backward(*arguments)
 
 
+def _triton_passes(
+    y: Tensor, arguments: tuple[Any, ...], path: str, training: bool, here: bool
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of the Triton kernels, by the sizes that these go by."""
+    from .triton_common import passes
+
+    concepts, p, pt = arguments[5].shape
+    size = passes.sizes_as_if(y, concepts, p, pt, here)
+    sampler, pixel = arguments[21], arguments[23] == "pixel"
+    if path == "modules":
+        forward, backward = (
+            passes.ops_forward(size, sampler, pixel, training),
+            passes.ops_backward(size, sampler, pixel),
+        )
+    else:
+        forward = passes.middle_forward(size, arguments[18] == "batch", sampler, training)
+        backward = passes.middle_backward()
+    return tuple(Pass(*each) for each in forward), tuple(Pass(*each) for each in backward) if training else ()
+
+
 def _fused_passes(
     backend: str, arguments: tuple[Any, ...], path: str, training: bool
 ) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes of the fused kernels, C++, Triton or CUDA C++, which their sources describe under the same names."""
+    """The passes of the fused kernels, C++ or CUDA C++, which their sources describe under the same names."""
     batch, pool = arguments[18] == "batch", arguments[21] == "pool"
-    # A GPU's pool sampler takes the mean from the statistics. The C++ one reads again.
-    attend = [] if backend in ("triton", "cuda") and batch and pool else [Pass("concept_sample", 1, 0)]
+    # CUDA's pool sampler takes the mean from the statistics. The C++ one reads again.
+    attend = [] if backend == "cuda" and batch and pool else [Pass("concept_sample", 1, 0)]
     if batch:
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))

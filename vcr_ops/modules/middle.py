@@ -21,7 +21,7 @@ from .batch_norm import (
 )
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
-from .running_stats import update_running_stats
+from .running_stats import by_triton, update_running_stats
 from .sampler import ConceptSampler
 
 
@@ -147,7 +147,7 @@ def run_middle(
         updates.append((state_bn, batch_state_mean, batch_state_var))
     if not synced:
         if updates:
-            update_running_stats(updates, y.shape[0] == 0)
+            update_running_stats(updates, y.shape[0] == 0, by_triton(backend, y))
         return out
     for update in updates:  # what others have counts where this process has no images
         update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)

@@ -13,7 +13,7 @@ from ..ops.concept_reason.composite import interact
 from ..ops.concept_reason.op import concept_reason
 from ..variants import EDGES, state_width
 from .batch_norm import has_global_hook, is_plain_batch_norm, sync_group, uses_batch_statistics
-from .running_stats import update_running_stats
+from .running_stats import by_triton, update_running_stats
 from .sampler import uniform_projection
 
 
@@ -66,7 +66,8 @@ class ConceptReasoner(nn.Module):
                 backend=self.backend,
             )
         if batch:
-            update_running_stats([(bn, mean, var)], h.shape[0] == 0 and group is None)
+            triton = group is None and by_triton(self.backend, h)
+            update_running_stats([(bn, mean, var)], h.shape[0] == 0 and group is None, triton)
         return state
 
     def _with_module(self, h: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import tracing
+from ..backend import INTERPRETED, case_of, choose, tracing
 
 
 class _Updates(threading.local):
@@ -34,14 +34,24 @@ class no_running_stats_update(ContextDecorator):
         _updates.off -= 1
 
 
-def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool) -> None:
+def by_triton(backend: str | None, x: Tensor) -> bool:
+    """True where an eager op on ``x`` runs on Triton, which then moves the statistics in one launch."""
+    if not (x.is_cuda or INTERPRETED) or torch.compiler.is_compiling():
+        return False
+    return choose(backend, case_of(x))[0].name == "triton"
+
+
+def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool, triton: bool = False) -> None:
     """What nn.BatchNorm's training forward does to its buffers, for several modules in few calls.
 
     Args:
         updates: (module, batch's mean, batch's unbiased variance); modules that keep no statistics now are passed over.
         empty: the batch has no images, so it counts but moves nothing.
+        triton: see :func:`by_triton`.
     """
     if _updates.off:
+        return
+    if triton and not empty and _moved_by_triton(updates):
         return
     moves: list[tuple[Any, Tensor | None, Tensor, Tensor]] = []  # momentum, counter, running, batch
     counters, running, batch = [], [], []
@@ -74,3 +84,15 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool)
             kept.lerp_(new, weight)
         else:
             kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))
+
+
+def _moved_by_triton(updates: list[tuple[Any, Tensor, Tensor]]) -> bool:
+    """Move them by one kernel; False where it can't write to some buffer, and nothing has moved."""
+    from ..triton_common.running_stats import can_move, move, move_of
+
+    moves = [move_of(*update) for update in updates if update[0].training and update[0].track_running_stats]
+    if moves and not can_move(moves):
+        return False
+    if moves:
+        move(moves)
+    return True

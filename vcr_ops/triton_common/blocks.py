@@ -18,6 +18,18 @@ def scalar(x):
 
 
 @triton.jit
+def place(CB: tl.constexpr, C: tl.constexpr):
+    """(row, concepts (CB,)) of this program of a grid (rows * concept blocks,).
+
+    Blocks of concepts are neighbours: what they take of a channels_last row may be less than a sector (32 bytes), and
+    the others of it take the rest while it is in the cache.
+    """
+    blocks: tl.constexpr = (C + CB - 1) // CB
+    program = tl.program_id(0)
+    return program // blocks, program % blocks * CB + tl.arange(0, CB)
+
+
+@triton.jit
 def map_tile(base, n, image, channel, position, c, j, C: tl.constexpr, P: tl.constexpr, LAST: tl.constexpr):
     """Pointers (CB, P2, 1) to position 0 of image n, and their mask. ``c`` (CB,), ``j`` (P2,); strides in elements."""
     channels = (c[:, None] * P + j[None, :]).to(tl.int64)

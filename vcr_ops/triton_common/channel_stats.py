@@ -9,7 +9,7 @@ lanes, images and rows are merged by Chan's formula, never by ``sum y^2 - (sum y
 import triton
 import triton.language as tl
 
-from .blocks import load_tile, map_tile, scalar, split_range, store_channels
+from .blocks import load_tile, map_tile, place, scalar, split_range, store_channels
 
 
 @triton.jit
@@ -73,10 +73,9 @@ def channel_stats(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid (rows of ``partial``, concept blocks). SPLITS == 1: ``means`` (N, C*p), float64, gets the images'
+    """Grid (rows of ``partial`` * concept blocks,). SPLITS == 1: ``means`` (N, C*p), float64, gets the images'
     means."""
-    row = tl.program_id(0)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    row, c = place(CB, C)
     j = tl.arange(0, P2)
     pivot = pivot_of(y, channel, c, j, C, P, LAST, ACC)
     if SPLITS == 1:

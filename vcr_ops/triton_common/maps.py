@@ -1,12 +1,16 @@
 """From torch's tensors to what the kernels take: a map with its strides, sizes as powers of two, the sums' type."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..maps import map_format, position_stride, positions
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 class MapView(NamedTuple):
@@ -61,6 +65,8 @@ def power_of_two(n: int) -> int:
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
     """The type that sums and the small algebra have beside features of ``dtype``."""
+    import triton.language as tl  # the sizes of a case are asked for where there is no Triton, too
+
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

@@ -20,6 +20,7 @@ from ..explain import op_arguments
 from ..modules.middle import VisualConceptReasoning
 from . import configs
 from .launch import Launch, hooks
+from .running_stats import move, move_of
 
 MODES = ("training", "evaluation", "single ops")  # the last: forward and backward of the three ops alone
 
@@ -73,12 +74,15 @@ def launches(problem: Problem, arch: str) -> list[Launch]:
 
 
 def middle_launches(problem: Problem, arch: str) -> tuple[list[Launch], list[Launch]]:
-    """(forward, backward) of the fused middle; nothing backward in evaluation."""
-    middle = middle_of(problem)
+    """(forward, backward) of the fused middle; nothing backward in evaluation. In training the module's running
+    statistics are the forward's last launch."""
+    middle: Any = middle_of(problem)
     with recording(arch) as launches:
         middle.to_empty(device="cuda")
         y = _map(problem, problem.concepts * problem.p)
-        out, *_, saved = run_forward(middle, y)
+        out, *found, saved = run_forward(middle, y)
+        if middle.training:
+            move([move_of(middle.bn, *found[:2]), move_of(middle.reasoner.bn, *found[2:])])
         forward = launches.copy()
         launches.clear()
         if middle.training:

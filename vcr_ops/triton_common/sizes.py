@@ -9,6 +9,8 @@ from ..maps import positions
 from .configs import arch, config
 from .maps import MapView, acc_type, map_view, power_of_two
 
+ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
+MERGED_TILE = 16384  # of one image's states, to merge what its splits have found
 LARGEST_TILE = 32768  # elements; more than a program's registers, so only for wide concepts
 SMALL_TILE = 8192  # elements of a tile that holds no part of the map
 
@@ -75,6 +77,23 @@ def options(found: dict[str, int]) -> dict[str, int]:
 def splits_of(found: dict[str, int], S: int) -> int:
     """How many programs share an image's positions: what the configuration says, as far as there are tiles."""
     return max(1, min(found["splits"], cdiv(S, found["BS"])))
+
+
+def sample_config(size: Sizes, save: bool) -> dict[str, int]:
+    """The sampler's configuration. In evaluation a tile is all positions of its concepts, where that isn't too much."""
+    found = size.config("concept_sample" if save else "concept_sample_inference")
+    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
+    if save or whole > ONE_TILE:
+        return found
+    return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // 1024)}
+
+
+def sampler_splits(size: Sizes, found: dict[str, int], save: bool) -> int:
+    """How many programs of the middle's sampler share an image. None in evaluation, which must not depend on the
+    batch: how far an image is split hangs on N."""
+    states = power_of_two(size.C) * power_of_two(size.pt)
+    mergeable = states * max(power_of_two(size.C), power_of_two(size.p)) <= MERGED_TILE
+    return splits_of(found, size.S) if save and mergeable else 1
 
 
 def rows_at_once(width: int, rows: int) -> int:

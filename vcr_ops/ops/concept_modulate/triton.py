@@ -26,7 +26,7 @@ def forward(
     chunks = splits_of(found, size.S)
     launch(
         kernels.concept_modulate,
-        (size.N * chunks, cdiv(size.C, found["CB"])),
+        (size.N * chunks * cdiv(size.C, found["CB"]),),
         z.device,
         *size.view.strided,
         *map_view_like(out, size.view).strided,
@@ -73,7 +73,7 @@ def backward(
     found = size.config("modulate_backward_sums")
     launch(
         kernels.concept_modulate_backward,
-        (N, cdiv(C, found["CB"])),
+        (N * cdiv(C, found["CB"]),),
         z.device,
         *size.view.strided,
         *map_view_like(grad_out, size.view).strided,

@@ -14,6 +14,7 @@ from ...triton_common.blocks import (
     load_weight_back,
     map_tile,
     outer_sum,
+    place,
     relu,
     rows_of,
     scalar,
@@ -379,9 +380,9 @@ def concept_modulate(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The op alone. Grid (N * CHUNKS, concept blocks); 1R + 1W."""
-    n = tl.program_id(0) // CHUNKS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    """The op alone. Grid (N * CHUNKS * concept blocks,); 1R + 1W."""
+    row, c = place(CB, C)
+    n = row // CHUNKS
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
     A1, B1, A0, B0 = coefficients_of(
@@ -391,7 +392,7 @@ def concept_modulate(
         top = attention_top(attention, n, c, S, C, CB, BS, ACC)
     rows, some = map_tile(z, n, image, channel, position, c, j, C, P, LAST)
     out_rows, _ = map_tile(out, n, out_image, out_channel, out_position, c, j, C, P, LAST)
-    begin, end = split_range(tl.program_id(0) % CHUNKS, scalar(S), BS, CHUNKS)
+    begin, end = split_range(row % CHUNKS, scalar(S), BS, CHUNKS)
     for start in range(begin, end, BS):
         i = start + tl.arange(0, BS)
         m = tl.zeros((1, 1), ACC)
@@ -436,12 +437,11 @@ def concept_modulate_backward(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The op alone: dL/dz, and E0, E1, F0, F1 (4, N, C*p). Grid (N, concept blocks); 2R + 1W.
+    """The op alone: dL/dz, and E0, E1, F0, F1 (4, N, C*p). Grid (N * concept blocks,); 2R + 1W.
 
     dattention (N, C, S) gets dL/dM~, which attention_gradient takes on to dL/dM.
     """
-    n = tl.program_id(0)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    n, c = place(CB, C)
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
     A1, B1, A0, B0 = coefficients_of(

@@ -30,20 +30,39 @@ def edges_row(h, edge, c, d, k, EDGES: tl.constexpr, C: tl.constexpr, PT: tl.con
 
 
 @triton.jit
-def merge_state_stats(parts, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
-    """(mean, centred sum of squares), (PT2,) float64 each, of the states of all images, from parts (N, 2, pt).
+def block_state_stats(parts, start, rows, per_row, N, k, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
+    """(mean, centred sum of squares, number of states) of ROWS rows of parts, from ``start`` on; see below."""
+    row = start + tl.arange(0, ROWS)
+    mask = (row < rows)[:, None] & (k < PT)[None, :]
+    at = parts + (2 * row * PT)[:, None] + k[None, :]
+    means = tl.load(at, mask=mask, other=0.0)
+    squares = tl.load(at + PT, mask=mask, other=0.0)
+    values = tl.maximum(tl.minimum(N - row * per_row, per_row), 0).to(tl.float64) * C
+    count = tl.sum(values, 0)
+    mean = tl.sum(means * values[:, None], 0) / count
+    apart = tl.where(mask, means - mean[None, :], 0.0)
+    return mean, tl.sum(squares + values[:, None] * apart * apart, 0), count
+
+
+@triton.jit
+def merge_state_stats(
+    parts, rows, per_row, N, k, ONE_BLOCK: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr
+):
+    """(mean, centred sum of squares), (PT2,) float64 each, of the states of all images, from parts (rows, 2, pt), a row
+    for each ``per_row`` images; ROWS rows at a time, merged by Chan's formula. ONE_BLOCK: that is all of them.
 
     The batch norm of the states is in float64 whatever the features are: of few states it lets through next to nothing
     of a gradient, and rounding errors must be smaller than that.
     """
-    mean = sum_images(parts, N, k, 2, PT, ROWS) / scalar(N).to(tl.float64)
-    squares = tl.zeros((k.shape[0],), tl.float64)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        mask = (n < N)[:, None] & (k < PT)[None, :]
-        at = parts + (2 * n * PT)[:, None] + k[None, :]
-        apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
-        squares += tl.sum(tl.load(at + PT, mask=mask, other=0.0) + C * apart * apart, 0)
+    mean, squares, before = block_state_stats(parts, 0, rows, per_row, N, k, C, PT, ROWS)
+    if not ONE_BLOCK:
+        for start in range(ROWS, rows, ROWS):
+            block_mean, block_squares, count = block_state_stats(parts, start, rows, per_row, N, k, C, PT, ROWS)
+            share = count / (before + count)
+            shift = block_mean - mean
+            mean += shift * share
+            squares += block_squares + shift * shift * (before * share)
+            before += count
     return mean, squares
 
 
@@ -52,17 +71,20 @@ def state_norm(
     parts,
     mean_from,
     var_from,
+    rows,
+    per_row,
     N,
     k,
     EPS: tl.constexpr,
     BATCH: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     C: tl.constexpr,
     PT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """(mean, 1 / sqrt(var + eps), unbiased var), (PT2,) float64 each: the batch's or the given ones."""
     if BATCH:
-        mean, squares = merge_state_stats(parts, N, k, C, PT, ROWS)
+        mean, squares = merge_state_stats(parts, rows, per_row, N, k, ONE_BLOCK, C, PT, ROWS)
         count = scalar(N).to(tl.float64) * C
         return mean, 1.0 / tl.sqrt(squares / count + EPS), squares / (count - 1.0)
     else:
@@ -120,7 +142,6 @@ def reason_image(
     edge,
     g_to,
     edges_to,
-    parts,
     n,
     k,
     EDGES: tl.constexpr,
@@ -131,7 +152,8 @@ def reason_image(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """G of image n, RB concepts at a time, and its statistics: see store_state_part."""
+    """G of image n, RB concepts at a time. Returns the mean and the centred sum of squares over its concepts, (PT2,)
+    float64 each."""
     mean = tl.zeros((k.shape[0],), tl.float64)
     squares = tl.zeros((k.shape[0],), tl.float64)
     for start in range(0, C, RB):
@@ -145,8 +167,7 @@ def reason_image(
         shift = block_mean - mean
         mean += shift * (count / (before + count))
         squares += block_squares + shift * shift * (before * count / (before + count))
-    tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
-    tl.store(parts + (2 * n + 1) * PT + k, squares, mask=k < PT)
+    return mean, squares
 
 
 @triton.jit
@@ -159,11 +180,10 @@ def rows_stats(g, c, count, C: tl.constexpr):
 
 
 @triton.jit
-def store_state_part(parts, n, c, k, g, C: tl.constexpr, PT: tl.constexpr):
-    """Image n's row of parts (N, 2, pt): mean and centred sum of squares over concepts."""
-    mean, squares = rows_stats(g, c, scalar(C).to(tl.float64), C)
-    tl.store(parts + 2 * n * PT + k, mean, mask=k < PT)
-    tl.store(parts + (2 * n + 1) * PT + k, squares, mask=k < PT)
+def store_state_part(parts, row, k, mean, squares, PT: tl.constexpr):
+    """Row ``row`` of parts (rows, 2, pt): mean and centred sum of squares over the concepts of some images."""
+    tl.store(parts + 2 * row * PT + k, mean, mask=k < PT)
+    tl.store(parts + (2 * row + 1) * PT + k, squares, mask=k < PT)
 
 
 @triton.jit
@@ -226,16 +246,16 @@ def state_norm_backward(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dG of one image through the batch norm of the states; given statistics are constants. Grid (N,).
+    """dL/dG through the batch norm of the states; given statistics are constants. Grid (programs,), each of which takes
+    every ``programs``th image: all of them add up the sums of all images first.
 
     parts: see store_state_sums. norm_from: see store_state_norm.
     """
-    n = tl.program_id(0)
     k = tl.arange(0, PT2)
     mean, rstd = load_state_norm(norm_from, parts, N, k, 3, BATCH, PT, ROWS)
     sum0 = sum_images(parts + PT, N, k, 3, PT, ROWS)
     sum1 = (sum_images(parts + 2 * PT, N, k, 3, PT, ROWS) - mean * sum0) * rstd  # of dstate xhat
-    if n == 0:
+    if tl.program_id(0) == 0:
         if dweight is not None:
             # by way of ACC: the interpreter can't make bfloat16 of float64
             tl.store(dweight + k, sum1.to(ACC).to(dweight.dtype.element_ty), mask=k < PT)
@@ -243,13 +263,15 @@ def state_norm_backward(
             tl.store(dbias + k, sum0.to(ACC).to(dbias.dtype.element_ty), mask=k < PT)
     gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
     share = 1.0 / (scalar(N).to(tl.float64) * C)
-    for start in range(0, C, CB):
-        c = start + tl.arange(0, CB)
-        d = load_states(dstate, n, c, k, C, PT, tl.float64)
-        if BATCH:
-            xhat = (load_states(g_from, n, c, k, C, PT, tl.float64) - mean[None, :]) * rstd[None, :]
-            d = d - (sum0 * share)[None, :] - xhat * (sum1 * share)[None, :]
-        store_states(dg_to, n, c, k, (d * gain[None, :]).to(ACC), C, PT)
+    for image in range(tl.program_id(0), N, tl.num_programs(0)):
+        n = scalar(image)
+        for start in range(0, C, CB):
+            c = start + tl.arange(0, CB)
+            d = load_states(dstate, n, c, k, C, PT, tl.float64)
+            if BATCH:
+                xhat = (load_states(g_from, n, c, k, C, PT, tl.float64) - mean[None, :]) * rstd[None, :]
+                d = d - (sum0 * share)[None, :] - xhat * (sum1 * share)[None, :]
+            store_states(dg_to, n, c, k, (d * gain[None, :]).to(ACC), C, PT)
 
 
 @triton.jit
@@ -310,7 +332,9 @@ def reason(
 ):
     """The op alone, before its batch norm. Grid (N,). g_to (N, C, pt), edges_to (N, C, C), parts (N, 2, pt)."""
     n = tl.program_id(0)
-    reason_image(h, edge, g_to, edges_to, parts, n, tl.arange(0, PT2), EDGES, SAVE, RB, DB, C, PT, ACC)
+    k = tl.arange(0, PT2)
+    mean, squares = reason_image(h, edge, g_to, edges_to, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
+    store_state_part(parts, n, k, mean, squares, PT)
 
 
 @triton.jit
@@ -338,7 +362,7 @@ def normalise_states(
     """The op alone: batch norm and ReLU of G. Grid (N,)."""
     n = tl.program_id(0)
     k = tl.arange(0, PT2)
-    mean, rstd, var = state_norm(parts, mean_from, var_from, N, k, EPS, BATCH, C, PT, ROWS)
+    mean, rstd, var = state_norm(parts, mean_from, var_from, N, 1, N, k, EPS, BATCH, False, C, PT, ROWS)
     for start in range(0, C, CB):
         c = start + tl.arange(0, CB)
         state = normalise(load_states(g_from, n, c, k, C, PT, ACC), mean, rstd, weight, bias, k, PT, ACC)

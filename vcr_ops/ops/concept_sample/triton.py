@@ -5,19 +5,8 @@ from torch import Tensor
 from ...maps import acc_dtype, empty_map_like
 from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
-from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sizes_of, splits_of
+from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sample_config, sizes_of, splits_of
 from . import triton_kernels as kernels
-
-ONE_TILE = 16384  # elements that a program keeps in registers, to read a map once for its mean and its attention
-
-
-def sample_config(size: Sizes, save: bool) -> dict[str, int]:
-    """The sampler's configuration. In evaluation a tile is all positions of its concepts, where that isn't too much."""
-    found = size.config("concept_sample" if save else "concept_sample_inference")
-    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
-    if save or whole > ONE_TILE:
-        return found
-    return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // 1024)}
 
 
 def _constants(size: Sizes) -> dict[str, object]:
@@ -46,7 +35,7 @@ def forward(
     found = sample_config(size, save)
     launch(
         kernels.concept_sample,
-        (N, cdiv(C, found["CB"])),
+        (N * cdiv(C, found["CB"]),),
         z.device,
         *size.view.strided,
         value.contiguous(),
@@ -101,7 +90,7 @@ def backward(
         found = size.config("concept_modulate")
         launch(
             kernels.attention_sums,
-            (N, cdiv(C, found["CB"])),
+            (N * cdiv(C, found["CB"]),),
             z.device,
             *size.view.strided,
             dattention,
@@ -144,7 +133,7 @@ def backward(
     chunks = splits_of(found, S)
     launch(
         kernels.sample_input_grad,
-        (N * chunks, cdiv(C, found["CB"])),
+        (N * chunks * cdiv(C, found["CB"]),),
         z.device,
         *size.view.strided,
         *map_view_like(dz, size.view).strided,

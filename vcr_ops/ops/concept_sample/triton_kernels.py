@@ -15,6 +15,7 @@ from ...triton_common.blocks import (
     load_weight,
     map_tile,
     outer_sum,
+    place,
     project,
     project_back,
     rows_of,
@@ -62,12 +63,11 @@ def attend(
     begin,
     end,
     mu,
-    mhat,
+    near,
     v,
     projection,
-    ONE_TILE: tl.constexpr,
-    tile,
     COVARIANCE: tl.constexpr,
+    BACK: tl.constexpr,
     CB: tl.constexpr,
     P2: tl.constexpr,
     PT2: tl.constexpr,
@@ -75,48 +75,88 @@ def attend(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One sweep over [begin, end): the softmax's maximum and sum (CB,), and with its unnormalised weights the sums of
-    x = yhat - mhat (CB, P2) and, for the covariance, of x (x projection) (CB, P2, PT2)."""
+    """One sweep over [begin, end): the softmax's maximum and sum (CB,); with its unnormalised weights the sums of
+    x = yhat - near (CB, P2) and, for the covariance, of x (x projection) (CB, P2, PT2).
+
+    ``near`` is the mean, or not far from it. Where p <= pt, x x^T is summed, and projected once, at the end. BACK: from
+    the last tile to the first, since the last ones of an earlier sweep are those that a cache still has.
+    """
+    NARROW: tl.constexpr = P2 <= PT2
+    WIDTH: tl.constexpr = P2 if NARROW else PT2
     lanes = tl.arange(0, BS)
     top = tl.full((CB, BS), LOWEST, ACC)
     total = tl.zeros((CB, BS), ACC)
     r = tl.zeros((CB, P2, BS), ACC)
-    R = tl.zeros((CB, P2, PT2, BS), ACC) if COVARIANCE else tl.zeros((1, 1, 1, 1), ACC)
+    R = tl.zeros((CB, P2, WIDTH, BS), ACC) if COVARIANCE else tl.zeros((1, 1, 1, 1), ACC)
+    last = begin + (tl.cdiv(end - begin, BS) - 1) * BS
     for start in range(begin, end, BS):
-        i = start + lanes
+        i = (last - (start - begin) if BACK else start) + lanes
         inside = (i < end)[None, :]
-        y = tile if ONE_TILE else load_tile(rows, some, i, end, position, LAST, ACC)
-        yhat = y - mu[:, :, None]
+        yhat = load_tile(rows, some, i, end, position, LAST, ACC) - mu[:, :, None]
         logits = tl.sum(yhat * v[:, :, None], 1)
         new = tl.where(inside, tl.maximum(top, logits), top)
         old = tl.exp(top - new)
         e = tl.where(inside, tl.exp(logits - new), 0.0)
-        x = tl.where(inside[:, None, :], yhat - mhat[:, :, None], 0.0)
+        x = tl.where(inside[:, None, :], yhat - near[:, :, None], 0.0)
         weighed = e[:, None, :] * x
-        r = r * old[:, None, :] + weighed
+        r = tl.fma(r, tl.broadcast_to(old[:, None, :], r.shape), weighed)
         if COVARIANCE:
-            states = tl.sum(x[:, :, None, :] * projection[:, :, :, None], 1)
-            R = R * old[:, None, None, :] + weighed[:, :, None, :] * states[:, None, :, :]
-        total = total * old + e
+            states = x if NARROW else tl.sum(x[:, :, None, :] * projection[:, :, :, None], 1)
+            products = weighed[:, :, None, :] * states[:, None, :, :]
+            R = tl.fma(R, tl.broadcast_to(old[:, None, None, :], R.shape), products)
+        total = tl.fma(total, old, e)
         top = new
     maximum = tl.max(top, 1)
     share = tl.exp(top - maximum[:, None])
     total_all = tl.sum(total * share, 1)
     r_all = tl.sum(r * share[:, None, :], 2)
     if COVARIANCE:
-        return maximum, total_all, r_all, tl.sum(R * share[:, None, None, :], 3)
+        R_all = tl.sum(R * share[:, None, None, :], 3)
+        if NARROW:
+            R_all = tl.sum(R_all[:, :, :, None] * projection[:, None, :, :], 2)
+        return maximum, total_all, r_all, R_all
     else:
         return maximum, total_all, r_all, tl.zeros((CB, P2, PT2), ACC)
 
 
 @triton.jit
-def finish_attention(total, r, R, mhat, projection, COVARIANCE: tl.constexpr):
-    """(r = mhat + the mean of x under attention, R = Cov_a(yhat, yhat projection)) from attend's sums."""
+def attend_tile(
+    tile,
+    inside,
+    mu,
+    near,
+    v,
+    projection,
+    COVARIANCE: tl.constexpr,
+    CB: tl.constexpr,
+    P2: tl.constexpr,
+    PT2: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """attend's results of an image that is one tile (CB, P2, BS), of which the positions ``inside`` (BS,) count."""
+    inside = inside[None, :]
+    yhat = tile - mu[:, :, None]
+    logits = tl.where(inside, tl.sum(yhat * v[:, :, None], 1), LOWEST)
+    maximum = tl.maximum(tl.max(logits, 1), LOWEST)
+    e = tl.where(inside, tl.exp(logits - maximum[:, None]), 0.0)
+    x = tl.where(inside[:, None, :], yhat - near[:, :, None], 0.0)
+    weighed = e[:, None, :] * x
+    if COVARIANCE:
+        states = tl.sum(x[:, :, None, :] * projection[:, :, :, None], 1)
+        R = tl.sum(weighed[:, :, None, :] * states[:, None, :, :], 3)
+    else:
+        R = tl.zeros((CB, P2, PT2), ACC)
+    return maximum, tl.sum(e, 1), tl.sum(weighed, 2), R
+
+
+@triton.jit
+def finish_attention(total, r, R, near, projection, COVARIANCE: tl.constexpr):
+    """(r = near + the mean of x under attention, R = Cov_a(yhat, yhat projection)) from attend's sums."""
     mean = r / total[:, None]
     if COVARIANCE:
-        return mhat + mean, R / total[:, None, None] - mean[:, :, None] * project(mean, projection)[:, None, :]
+        return near + mean, R / total[:, None, None] - mean[:, :, None] * project(mean, projection)[:, None, :]
     else:
-        return mhat + mean, R
+        return near + mean, R
 
 
 @triton.jit
@@ -146,6 +186,20 @@ def image_mean(
 
 
 @triton.jit
+def middling(rows, some, S, position, LAST: tl.constexpr, ACC: tl.constexpr):
+    """(CB, P2): an image's median of its first, middle and last position (0 where it isn't finite), which is not far
+    from the mean."""
+    middle = scalar(S) // 2
+    last = scalar(S) - 1
+    step = scalar(position).to(tl.int64) if LAST else 1
+    a = tl.sum(tl.load(rows, mask=some, other=0.0).to(ACC), 2)
+    b = tl.sum(tl.load(rows + middle * step, mask=some, other=0.0).to(ACC), 2)
+    c = tl.sum(tl.load(rows + last * step, mask=some, other=0.0).to(ACC), 2)
+    x = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
 def store_attention(
     attention,
     n,
@@ -158,15 +212,18 @@ def store_attention(
     v,
     maximum,
     total,
+    tile,
+    ONE_TILE: tl.constexpr,
     C: tl.constexpr,
     BS: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The softmax itself, (N, C, S)."""
+    """The softmax itself, (N, C, S); 1R where the image is more than one tile."""
     for start in range(0, S, BS):
         i = start + tl.arange(0, BS)
-        yhat = load_tile(rows, some, i, S, position, LAST, ACC) - mu[:, :, None]
+        y = tile if ONE_TILE else load_tile(rows, some, i, S, position, LAST, ACC)
+        yhat = y - mu[:, :, None]
         a = tl.exp(tl.sum(yhat * v[:, :, None], 1) - maximum[:, None]) / total[:, None]
         at = (n.to(tl.int64) * C + c)[:, None] * S + i[None, :]
         tl.store(attention + at, a, mask=(c < C)[:, None] & (i < S)[None, :])
@@ -200,30 +257,53 @@ def concept_sample(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The sampler alone, z centred on each image's own mean. Grid (N, concept blocks).
+    """The sampler alone, z centred on each image's own mean, or near it. Grid (N * concept blocks,).
 
     ``saved`` is m, u, r (N, C*p), q (N, C, pt), the softmax's (maximum, sum, unused) (N, C, 3), R (N, C*p, pt).
     """
-    n = tl.program_id(0)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    n, c = place(CB, C)
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
     rows, some = map_tile(z, n, image, channel, position, c, j, C, P, LAST)
     maps = scalar(N).to(tl.int64) * (C * P)
     zero = tl.zeros((CB, P2), ACC)
     tile = load_tile(rows, some, tl.arange(0, BS), S, position, LAST, ACC) if ONE_TILE else tl.zeros((1, 1, 1), ACC)
-    mu = image_mean(rows, some, position, S, zero, tile, ONE_TILE, BS, LAST, ACC)
     weight = load_weight(value, c, j, k, C, P, PT, ACC)
+    ONE_SWEEP: tl.constexpr = SAMPLER == "static" and not ONE_TILE
+    near = zero
+    if ONE_SWEEP:
+        mu = middling(rows, some, S, position, LAST, ACC)
+    else:
+        mu = image_mean(rows, some, position, S, zero, tile, ONE_TILE, BS, LAST, ACC)
     if SAMPLER == "pool":
         r = zero
         if SAVE:
             store_channels(saved + maps, n, c, j, zero, C, P)
     else:
         q, u = score_vector(mu, query, key, logit, c, j, k, SAMPLER, C, P, PT, ACC)
-        maximum, total, r, R = attend(
-            rows, some, position, 0, scalar(S), mu, zero, u, weight, ONE_TILE, tile, SAVE, CB, P2, PT2, BS, LAST, ACC
-        )
-        r, R = finish_attention(total, r, R, zero, weight, SAVE)
+        if ONE_TILE:
+            maximum, total, r, R = attend_tile(tile, tl.arange(0, BS) < S, mu, near, u, weight, SAVE, CB, P2, PT2, ACC)
+        else:
+            maximum, total, r, R = attend(
+                rows,
+                some,
+                position,
+                0,
+                scalar(S),
+                mu,
+                near,
+                u,
+                weight,
+                SAVE,
+                not ONE_SWEEP,
+                CB,
+                P2,
+                PT2,
+                BS,
+                LAST,
+                ACC,
+            )
+        r, R = finish_attention(total, r, R, near, weight, SAVE)
         if SAVE:
             store_sampled(
                 saved + maps,
@@ -245,7 +325,9 @@ def concept_sample(
                 saved + 3 * maps + states_size(N, C, PT) + scalar(N).to(tl.int64) * (3 * C), n, c, j, k, R, C, P, PT
             )
         if attention is not None:
-            store_attention(attention, n, c, rows, some, position, S, mu, u, maximum, total, C, BS, LAST, ACC)
+            store_attention(
+                attention, n, c, rows, some, position, S, mu, u, maximum, total, tile, ONE_TILE, C, BS, LAST, ACC
+            )
     if SAVE:
         store_channels(saved, n, c, j, mu, C, P)
         store_channels(saved + 2 * maps, n, c, j, r, C, P)
@@ -380,9 +462,8 @@ def attention_sums(
     ACC: tl.constexpr,
 ):
     """The op alone, where the attention has a gradient of its own: K0 = sum a da (N, C) and K1 = sum a (da - K0) yhat
-    (N, C*p). Grid (N, concept blocks); 1R."""
-    n = tl.program_id(0)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    (N, C*p). Grid (N * concept blocks,); 1R."""
+    n, c = place(CB, C)
     j = tl.arange(0, P2)
     maps = scalar(N).to(tl.int64) * (C * P)
     rows, some = map_tile(z, n, image, channel, position, c, j, C, P, LAST)
@@ -517,9 +598,9 @@ def sample_input_grad(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The op alone: dL/dz. Grid (N * CHUNKS, concept blocks); 1R + 1W."""
-    n = tl.program_id(0) // CHUNKS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    """The op alone: dL/dz. Grid (N * CHUNKS * concept blocks,); 1R + 1W."""
+    row, c = place(CB, C)
+    n = row // CHUNKS
     j = tl.arange(0, P2)
     maps = scalar(N).to(tl.int64) * (C * P)
     rows, some = map_tile(z, n, image, channel, position, c, j, C, P, LAST)
@@ -533,7 +614,7 @@ def sample_input_grad(
         rdr = tl.load(rdr_from + n.to(tl.int64) * C + c, mask=c < C, other=0.0)
         if EXTRA:
             rdr += tl.load(K0_from + n.to(tl.int64) * C + c, mask=c < C, other=0.0)
-    begin, end = split_range(tl.program_id(0) % CHUNKS, scalar(S), BS, CHUNKS)
+    begin, end = split_range(row % CHUNKS, scalar(S), BS, CHUNKS)
     for start in range(begin, end, BS):
         i = start + tl.arange(0, BS)
         if SAMPLER == "pool":

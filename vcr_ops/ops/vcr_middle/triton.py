@@ -9,27 +9,22 @@ from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
 from ...triton_common.sizes import (
     SMALL_TILE,
-    Sizes,
     cdiv,
     options,
     rows_at_once,
+    sample_config,
+    sampler_splits,
     sizes_of,
     splits_of,
 )
 from ..concept_reason.triton import exchange_blocks
 from ..concept_reason.triton_kernels import state_norm_backward
-from ..concept_sample.triton import sample_config
 from . import triton_backward, triton_forward, triton_input_grad
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
+STATE_ROWS = 128  # groups of images whose states' statistics every program of the last pass merges
+STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
-MERGED_TILE = 16384
-
-
-def mergeable(size: Sizes) -> bool:
-    """True where one program can hold an image's states, as it must to merge the splits of an image."""
-    states = power_of_two(size.C) * power_of_two(size.pt)
-    return states * max(power_of_two(size.C), power_of_two(size.p)) <= MERGED_TILE
 
 
 def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
@@ -105,9 +100,8 @@ def forward(
     edge, state_mean, state_var = dense(edge), dense(state_mean), dense(state_var)
     common = {**size.map_constants, "PT": pt, "PT2": power_of_two(pt)}
 
-    # An image's evaluation must not depend on its batch, so it is never split: how far hangs on N.
     found = sample_config(size, save)
-    splits = splits_of(found, S) if save and mergeable(size) else 1
+    splits = sampler_splits(size, found, save)
     one_tile = found["BS"] >= S and splits == 1 and not (batch and sampler == "pool")  # which reads nothing
     # pass 1: means and squares, for batch statistics or where an image is split before its mean is known
     stats_found = size.config("channel_stats")
@@ -119,7 +113,7 @@ def forward(
         stats, image_means = (y.new_empty((n * C * p,), dtype=torch.float64) for n in (stats_rows * 2, N))
         launch(
             channel_stats,
-            (stats_rows, cdiv(C, stats_found["CB"])),
+            (stats_rows * cdiv(C, stats_found["CB"]),),
             y.device,
             *view.strided,
             image_means,
@@ -137,7 +131,7 @@ def forward(
     parts = numbers(N * splits * C * (2 + p + p * pt)) if splits > 1 else None
     launch(
         triton_forward.concept_sample,
-        (N * splits, cdiv(C, found["CB"])),
+        (N * splits * cdiv(C, found["CB"]),),
         y.device,
         *view.strided,
         stats,
@@ -174,11 +168,13 @@ def forward(
     )
     reasoned = state_batch or save
     state_parts = None
+    per_row = cdiv(N, STATE_ROWS)
+    state_rows = cdiv(N, per_row)
     if reasoned:
-        state_parts = y.new_empty((2 * N * pt,), dtype=torch.float64)
+        state_parts = y.new_empty((2 * state_rows * pt,), dtype=torch.float64)
         launch(
             triton_forward.concept_reason,
-            (N,),
+            (state_rows,),
             y.device,
             value,
             norm_bias,
@@ -187,6 +183,7 @@ def forward(
             parts,
             state_parts,
             N,
+            per_row,
             **{name: x for name, x in common.items() if name != "LAST"},
             C2=power_of_two(C),
             NORM=norm,
@@ -198,11 +195,12 @@ def forward(
             num_warps=4,
         )
     # pass 3
+    rows = rows_at_once(power_of_two(pt), state_rows)
     found = size.config("concept_modulate")
     chunks = splits_of(found, S)
     launch(
         triton_forward.concept_modulate,
-        (N * chunks, cdiv(C, found["CB"])),
+        (N * chunks * cdiv(C, found["CB"]),),
         y.device,
         *view.strided,
         *map_view_like(out, view).strided,
@@ -222,6 +220,8 @@ def forward(
         batch_state_var,
         N,
         S,
+        state_rows,
+        per_row,
         **common,
         NORM=norm,
         EDGES=edges,
@@ -234,7 +234,8 @@ def forward(
         DB=exchange_blocks(C, pt)["DB"],
         CB=found["CB"],
         BS=found["BS"],
-        ROWS=rows_at_once(power_of_two(pt), N),
+        ROWS=rows,
+        ONE_BLOCK=rows >= state_rows,
         **options(found),
     )
     return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
@@ -306,7 +307,7 @@ def backward(
     constants = size.map_constants
     launch(
         triton_backward.modulate_backward_sums,
-        (N * splits, cdiv(C, found["CB"])),
+        (N * splits * cdiv(C, found["CB"]),),
         y.device,
         *view.strided,
         *grad.strided,
@@ -356,7 +357,7 @@ def backward(
     )
     launch(
         state_norm_backward,
-        (N,),
+        (min(N, STATE_PROGRAMS),),
         y.device,
         dstate,
         saved.narrow(0, saved_states(N, C, p, pt), N * C * pt),
@@ -419,7 +420,7 @@ def backward(
     chunks = splits_of(found, S)
     launch(
         triton_input_grad.middle_input_grad,
-        (N * chunks, cdiv(C, found["CB"])),
+        (N * chunks * cdiv(C, found["CB"]),),
         y.device,
         *view.strided,
         *grad.strided,

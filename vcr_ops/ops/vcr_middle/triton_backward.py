@@ -14,6 +14,7 @@ from ...triton_common.blocks import (
     load_weight_back,
     map_tile,
     outer_sum,
+    place,
     rows_of,
     scalar,
     split_range,
@@ -71,16 +72,16 @@ def modulate_backward_sums(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid (N * SPLITS, concept blocks); 2R."""
-    n = tl.program_id(0) // SPLITS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    """Grid (N * SPLITS * concept blocks,); 2R."""
+    row, c = place(CB, C)
+    n = row // SPLITS
     j = tl.arange(0, P2)
     mu, s, v, maximum, A1, B1, A0, B0 = modulator_of(
         saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
     )
     rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
     grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
-    begin, end = split_range(tl.program_id(0) % SPLITS, scalar(S), BS, SPLITS)
+    begin, end = split_range(row % SPLITS, scalar(S), BS, SPLITS)
     E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
         rows,
         grad_rows,
@@ -106,7 +107,7 @@ def modulate_backward_sums(
     store_sums(
         sums,
         first_to,
-        tl.program_id(0),
+        row,
         scalar(N) * SPLITS,
         c,
         j,

@@ -16,6 +16,7 @@ from ...triton_common.blocks import (
     load_tile,
     load_weight,
     map_tile,
+    place,
     project,
     scalar,
     split_range,
@@ -30,6 +31,7 @@ from ..concept_reason.triton_kernels import (
     exchange,
     normalise,
     reason_image,
+    rows_stats,
     state_norm,
     store_edges,
     store_state_norm,
@@ -37,8 +39,10 @@ from ..concept_reason.triton_kernels import (
 )
 from ..concept_sample.triton_kernels import (
     attend,
+    attend_tile,
     finish_attention,
     image_mean,
+    middling,
     score_vector,
     store_sampled,
 )
@@ -98,15 +102,19 @@ def concept_sample(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid (N * SPLITS, concept blocks). With one split r, h and R are finished here, else ``parts`` gets the sums.
+    """Grid (N * SPLITS * concept blocks,). With one split r, h and R are finished here, else ``parts`` gets the sums.
 
     stats, image_means: what channel_stats has found, for batch statistics or split images. parts: see store_part.
     """
-    n = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    row, c = place(CB, C)
+    n = row // SPLITS
+    split = row % SPLITS
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
+    # Where the images' means aren't known, a query made of them takes a sweep first. A learned one needs no mean: what
+    # stands for it is but a centre, here and in the passes to come.
+    KNOWN: tl.constexpr = NORM == "batch" or SPLITS > 1
+    ONE_SWEEP: tl.constexpr = SAMPLER == "static" and not KNOWN and not ONE_TILE
     rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
     zero = tl.zeros((CB, P2), ACC)
     tile = load_tile(rows, some, tl.arange(0, BS), S, position, LAST, ACC) if ONE_TILE else tl.zeros((1, 1, 1), ACC)
@@ -124,14 +132,14 @@ def concept_sample(
             )
             mu = mean.to(ACC)
             rstd = inverse_root((squares / count + NORM_EPS).to(ACC), ACC)
-            if tl.program_id(0) == 0:
+            if row == 0:
                 store_channels(batch_mean, scalar(0), c, j, mu, C, P)
                 store_channels(batch_var, scalar(0), c, j, squares / (count - 1.0), C, P)
         else:
             mu = load_channels(norm_mean, scalar(0), c, j, C, P, ACC)
             rstd = inverse_root(load_channels(norm_var, scalar(0), c, j, C, P, ACC) + NORM_EPS, ACC)
         s = rstd * load_optional(norm_weight, scalar(0), c, j, 1.0, C, P, ACC)
-        if tl.program_id(0) == 0:
+        if row == 0:
             store_channels(saved, scalar(0), c, j, mu, C, P)
             store_channels(rstd_of(saved, C, P), scalar(0), c, j, rstd, C, P)
             store_channels(s_of(saved, C, P), scalar(0), c, j, s, C, P)
@@ -142,9 +150,11 @@ def concept_sample(
             stats, first, STATS_SPLITS, N, S, per_group, c, j, C, P, CB, P2, STATS_BS, STATS_SPLITS, ROWS
         )
         m = (exact - mu.to(tl.float64)).to(ACC)
-    elif (NORM == "batch") | (SPLITS > 1):
+    elif KNOWN:
         exact = load_channels(image_means, n, c, j, C, P, tl.float64)
         m = (exact - mu.to(tl.float64)).to(ACC)
+    elif ONE_SWEEP:
+        m = middling(rows, some, S, position, LAST, ACC) - mu
     else:
         m = image_mean(rows, some, position, S, mu, tile, ONE_TILE, BS, LAST, ACC)
     if NORM == "none":
@@ -160,27 +170,31 @@ def concept_sample(
     else:
         q, u = score_vector(s * mhat + b, query, key, logit, c, j, k, SAMPLER, C, P, PT, ACC)
         projection = s[:, :, None] * weight
-        begin, end = split_range(split, scalar(S), BS, SPLITS)
-        maximum, total, r, R = attend(
-            rows,
-            some,
-            position,
-            begin,
-            end,
-            mu,
-            mhat,
-            s * u,
-            projection,
-            ONE_TILE,
-            tile,
-            SAVE,
-            CB,
-            P2,
-            PT2,
-            BS,
-            LAST,
-            ACC,
-        )
+        if ONE_TILE:
+            maximum, total, r, R = attend_tile(
+                tile, tl.arange(0, BS) < S, mu, mhat, s * u, projection, SAVE, CB, P2, PT2, ACC
+            )
+        else:
+            begin, end = split_range(split, scalar(S), BS, SPLITS)
+            maximum, total, r, R = attend(
+                rows,
+                some,
+                position,
+                begin,
+                end,
+                mu,
+                mhat,
+                s * u,
+                projection,
+                SAVE,
+                not KNOWN and not ONE_SWEEP,
+                CB,
+                P2,
+                PT2,
+                BS,
+                LAST,
+                ACC,
+            )
         if SPLITS == 1:
             r, R = finish_attention(total, r, R, mhat, projection, SAVE)
             store_sampled(
@@ -202,7 +216,7 @@ def concept_sample(
             if SAVE:
                 store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
         else:
-            store_part(parts, tl.program_id(0), N * SPLITS, c, j, k, maximum, total, r, R, SAVE, C, P, PT)
+            store_part(parts, row, N * SPLITS, c, j, k, maximum, total, r, R, SAVE, C, P, PT)
             if split == 0:
                 store_channels(per_image(saved, N, 1, C, P), n, c, j, u, C, P)
                 store_states(states_at(saved, N, 0, C, P, PT), n, c, k, q, C, PT)
@@ -322,6 +336,7 @@ def concept_reason(
     parts,
     state_parts,
     N,
+    per_row,
     NORM: tl.constexpr,
     EDGES: tl.constexpr,
     SAVE: tl.constexpr,
@@ -337,38 +352,48 @@ def concept_reason(
     PT2: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """G = H + A H of one image, and its share of the states' statistics. Grid (N,).
+    """G = H + A H of ``per_row`` images, and their row of state_parts (see store_state_part). Grid (rows,).
 
-    MERGE: the sampler has left the image in splits. state_parts: see store_state_part.
+    MERGE: the sampler has left each image in splits.
     """
-    n = tl.program_id(0)
+    row = tl.program_id(0)
     k = tl.arange(0, PT2)
     h_at = states_at(saved, N, 1, C, P, PT)
     g_to = states_at(saved, N, 2, C, P, PT)
     edges_to = edges_of(saved, N, C, P, PT)
-    if MERGE:
-        c = tl.arange(0, C2)
-        j = tl.arange(0, P2)
-        h, maximum, total, r, R = finish_sample(
-            parts, saved, norm_bias, value, n, N, c, j, k, NORM, SAVE, SPLITS, C, P, P2, PT, PT2, C2, ACC
-        )
-        store_channels(per_image(saved, N, 2, C, P), n, c, j, r, C, P)
-        at = softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3
-        tl.store(at, maximum, mask=c < C)
-        tl.store(at + 1, total, mask=c < C)
-        if SAVE:
-            store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
-        store_states(h_at, n, c, k, h, C, PT)
-        g = h
-        if EDGES != "none":
-            a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
-            if SAVE & (EDGES == "dynamic"):
-                store_edges(edges_to, n, c, c, a, C)
-            g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
-        store_states(g_to, n, c, k, g, C, PT)
-        store_state_part(state_parts, n, c, k, g, C, PT)
-    else:
-        reason_image(h_at, edge, g_to, edges_to, state_parts, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
+    first = row * per_row
+    mean = tl.zeros((PT2,), tl.float64)
+    squares = tl.zeros((PT2,), tl.float64)
+    for image in range(first, tl.minimum(first + per_row, N)):
+        n = scalar(image)
+        if MERGE:
+            c = tl.arange(0, C2)
+            j = tl.arange(0, P2)
+            h, maximum, total, r, R = finish_sample(
+                parts, saved, norm_bias, value, n, N, c, j, k, NORM, SAVE, SPLITS, C, P, P2, PT, PT2, C2, ACC
+            )
+            store_channels(per_image(saved, N, 2, C, P), n, c, j, r, C, P)
+            at = softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3
+            tl.store(at, maximum, mask=c < C)
+            tl.store(at + 1, total, mask=c < C)
+            if SAVE:
+                store_covariance(covariance_of(saved, N, C, P, PT), n, c, j, k, R, C, P, PT)
+            store_states(h_at, n, c, k, h, C, PT)
+            g = h
+            if EDGES != "none":
+                a = edges_row(h, edge, c, c, k, EDGES, C, PT, ACC)
+                if SAVE & (EDGES == "dynamic"):
+                    store_edges(edges_to, n, c, c, a, C)
+                g = h + tl.sum(a[:, :, None] * h[None, :, :], 1)
+            store_states(g_to, n, c, k, g, C, PT)
+            image_mean, image_squares = rows_stats(g, c, scalar(C).to(tl.float64), C)
+        else:
+            image_mean, image_squares = reason_image(h_at, edge, g_to, edges_to, n, k, EDGES, SAVE, RB, DB, C, PT, ACC)
+        done = scalar(image - first).to(tl.float64)
+        apart = image_mean - mean
+        mean += apart / (done + 1.0)
+        squares += image_squares + apart * apart * (C * done / (done + 1.0))
+    store_state_part(state_parts, row, k, mean, squares, PT)
 
 
 @triton.jit
@@ -397,6 +422,8 @@ def concept_modulate(
     batch_state_var,
     N,
     S,
+    state_rows,
+    per_row,
     NORM: tl.constexpr,
     EDGES: tl.constexpr,
     PIXEL: tl.constexpr,
@@ -414,14 +441,15 @@ def concept_modulate(
     CB: tl.constexpr,
     BS: tl.constexpr,
     ROWS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Grid (N * CHUNKS of positions, concept blocks). The prologue takes the concepts from G, or from H where no kernel
-    has reasoned before (REASONED), to their scale and shift."""
-    n = tl.program_id(0) // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    """Grid (N * CHUNKS of positions * concept blocks,). The prologue takes the concepts from G, or from H where no
+    kernel has reasoned before (REASONED), to their scale and shift."""
+    row, c = place(CB, C)
+    n = row // CHUNKS
+    chunk = row % CHUNKS
     j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
     mu, s, b, mhat = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
@@ -439,8 +467,10 @@ def concept_modulate(
         if PIXEL:
             maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
         g = exchange(h_mine, h_from, edge, saved, n, c, k, EDGES, False, DB, C, PT, ACC)
-    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    mean, rstd, var = state_norm(state_parts, state_mean, state_var, N, k, STATE_EPS, STATE_BATCH, C, PT, ROWS)
+    first = tl.program_id(0) == 0
+    mean, rstd, var = state_norm(
+        state_parts, state_mean, state_var, state_rows, per_row, N, k, STATE_EPS, STATE_BATCH, ONE_BLOCK, C, PT, ROWS
+    )
     if STATE_BATCH:
         if first:
             tl.store(batch_state_mean + k, mean.to(ACC), mask=k < PT)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...triton_common.blocks import load_channels, load_tile, map_tile, scalar, split_range, store_tile
+from ...triton_common.blocks import load_channels, load_tile, map_tile, place, scalar, split_range, store_tile
 from ..concept_modulate.triton_kernels import pre_activation
 from .triton_saved import modulator_of, rstd_of, softmax_of
 
@@ -191,9 +191,9 @@ def middle_input_grad(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dy; 2R + 1W. Grid (N * CHUNKS, concept blocks)."""
-    n = tl.program_id(0) // CHUNKS
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    """dL/dy; 2R + 1W. Grid (N * CHUNKS * concept blocks,)."""
+    row, c = place(CB, C)
+    n = row // CHUNKS
     j = tl.arange(0, P2)
     edges: tl.constexpr = PT * C if EDGES == "dynamic" else (C * C if EDGES == "static" else 0)
     total: tl.constexpr = 5 * C * P * PT + 5 * C * P + edges
@@ -231,7 +231,7 @@ def middle_input_grad(
         near = (1e-14 if ACC == tl.float64 else 1e-6) * tl.sum(tl.sum(tl.abs(summands), 2), 1)
     grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
     out_rows, _ = map_tile(out, n, out_image, out_channel, out_position, c, j, C, P, LAST)
-    begin, end = split_range(tl.program_id(0) % CHUNKS, scalar(S), BS, CHUNKS)
+    begin, end = split_range(row % CHUNKS, scalar(S), BS, CHUNKS)
     for start in range(begin, end, BS):
         i = start + tl.arange(0, BS)
         yhat = load_tile(rows, some, i, end, position, LAST, ACC) - mu[:, :, None]
@@ -260,7 +260,6 @@ def middle_input_grad(
                 dlogits -= tl.where(at_top, (K0 / ties)[:, None], 0.0)
             dy += a[:, None, :] * dr[:, :, None] + dlogits[:, None, :] * v[:, :, None]
         store_tile(out_rows, some, i, end, out_position, dy, LAST)
-    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
     finish_gradients(
         partial,
         groups,
@@ -276,8 +275,8 @@ def middle_input_grad(
         dnorm_weight,
         dnorm_bias,
         dedge,
-        program,
-        tl.num_programs(0) * tl.num_programs(1),
+        tl.program_id(0),
+        tl.num_programs(0),
         EDGES,
         C,
         P,
