@@ -42,7 +42,9 @@ from .record import Problem
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 ARCHS = tuple(SHARED_LIMIT)
 STAGES = ((4, 56), (8, 28), (16, 14), (32, 7))  # p, height and width: the paper's, at 224 x 224
-LARGE = ((4, 160), (8, 80), (16, 40))  # at 640 x 640, as for detection
+# At 640 x 640, as for detection; and what else the rules for evaluation tell apart.
+LARGE = ((4, 160), (8, 80), (16, 40), (32, 20))
+OTHER = {"contiguous": ((32, 24),), "channels_last": ((4, 16), (4, 28), (8, 40), (16, 28))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last")
 BATCHES = (256, 1, 1024)
@@ -179,7 +181,7 @@ def compile_kernel(kernel: Kernel) -> Result:
 
 
 def problems() -> list[tuple[str, Problem]]:
-    """All that the rules of ``configs.json`` depend on, so that each is used: each architecture with each stage and layout
+    """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
     in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
     layout op by op.
 
@@ -189,8 +191,8 @@ def problems() -> list[tuple[str, Problem]]:
     for arch, layout in itertools.product(ARCHS, LAYOUTS):
         batches = ((1,), (256, 1024)) if layout == "channels_last" else (BATCHES,)
         places += [(arch, layout, stage, "training", some) for stage, some in itertools.product(STAGES, batches)]
-    evaluated = itertools.product(ARCHS, LAYOUTS, STAGES + LARGE)
-    places += [(*place, "evaluation", BATCHES) for place in evaluated]
+        sizes = STAGES + LARGE + OTHER[layout]
+        places += [(arch, layout, size, "evaluation", BATCHES) for size in sizes]
     places += [
         (arch, layout, STAGES[i % len(STAGES)], "single ops", BATCHES)
         for i, (arch, layout) in enumerate(itertools.product(ARCHS, LAYOUTS))
