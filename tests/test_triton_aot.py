@@ -47,6 +47,21 @@ def test_launches_of_an_evaluation(sampler: str, modulation: str) -> None:
         assert backward == []
 
 
+@pytest.mark.parametrize("sampler, modulation", LOOKS)
+def test_steps_of_a_synchronised_middle(sampler: str, modulation: str) -> None:
+    """As many launches as in one op, or one more for the images' means; and fake kernels that say what they return."""
+    for ((p, size), layout), n, dtype in itertools.product(PLACES, (1, 256), (torch.bfloat16, torch.float64)):
+        look = dict(sampler=sampler, modulation=modulation, layout=layout, mode="steps")
+        launches, steps = record.step_launches(record.Problem(p, size, n, dtype, **look), "sm_90")
+        names = [each.name for each in launches]
+        assert len(names) - (names.count("channel_stats") - 1) == 9, names
+        for name, pair in steps.items():
+            returned, fake = (x if isinstance(x, tuple) else (x,) for x in pair)
+            assert len(returned) == len(fake), name
+            for x, y in zip(returned, fake, strict=True):
+                assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), name
+
+
 def test_grids_stay_within_the_limits() -> None:
     """65535 along the second and third axis; 2**31 - 1 along the first."""
     for layout, mode in itertools.product(aot.LAYOUTS, record.MODES):

@@ -18,6 +18,7 @@ from .modules.block import VCRBlock
 from .modules.frozen_batch_norm import is_frozen
 from .modules.middle import VisualConceptReasoning, fused_path, path_without_sync, sync_groups
 from .ops.vcr_middle import composite
+from .ops.vcr_middle.synced import has_steps
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     path = fused_path(norm, sampler, reasoner, modulator)
     groups = sync_groups(path, norm, reasoner)
     synced = [group for group in groups if group is not None]
-    if synced and backend.name == "triton":
+    if synced and not has_steps(backend.name):
         path = path_without_sync(groups[1])
     strided = map_format(y) == "strided"
     steps, copies, notes = [], [], []
@@ -174,7 +175,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
                 "concept_sample reads a map that fits no tile again, last tile first, from cache what is there"
             )
     if synced:
-        who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
+        who = "the same passes, as ops of their own" if has_steps(backend.name) else "each norm's own passes"
         processes = max(group.size for group in synced)
         notes.append(f"training: batch statistics over {processes} processes, by {who}; small numbers are exchanged")
     if path != "whole":

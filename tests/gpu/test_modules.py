@@ -10,6 +10,8 @@ import python_ref
 import vcr_ops
 from tests.closeness import Closeness, Result
 from tests.small import VARIANTS, assert_same, block, feature_map, middle, results
+from vcr_ops.explain import op_arguments
+from vcr_ops.ops.vcr_middle.synced import has_steps, vcr_middle_synced
 
 from .machine import DEVICE, MARKS, REHEARSED, full_float32
 
@@ -69,6 +71,24 @@ def test_compiled_values(variant, channels_last, training, backend):
     call = torch.compile(module, fullgraph=True, dynamic=False)
     y = feature_map(3, 12, 6, 5, channels_last=channels_last).to(DEVICE)
     assert_same(results(module, y, call), results(eager, y))
+
+
+@VARIANT
+def test_steps_of_a_synchronised_middle(variant, backend):
+    """One by one, with nobody to talk to, they give what the whole op gives."""
+    if not has_steps(backend):
+        pytest.skip(f"{backend} has no steps")
+    m = middle(backend, **VARIANTS[variant]).to(DEVICE)
+    y = feature_map(3, 12, 6, 5).to(DEVICE).requires_grad_()
+    arguments = op_arguments(y, m.bn, m, "whole", True)
+    out, *_ = vcr_middle_synced(backend, arguments, None, None)
+    whole = m(y)
+    grad = feature_map(3, 12, 6, 5, seed=2).to(DEVICE)
+    wanted, got = (torch.autograd.grad(x, [y, *m.parameters()], grad) for x in (whole, out))
+    names = ["dy", *(f"d{name}" for name, _ in m.named_parameters())]
+    assert_same(
+        {"out": out} | dict(zip(names, got, strict=True)), {"out": whole} | dict(zip(names, wanted, strict=True))
+    )
 
 
 @pytest.mark.skipif(bool(REHEARSED), reason="auto takes another backend for CPU tensors")

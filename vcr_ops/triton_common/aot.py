@@ -183,7 +183,7 @@ def compile_kernel(kernel: Kernel) -> Result:
 def problems() -> list[tuple[str, Problem]]:
     """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
     in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
-    layout op by op.
+    layout op by op and step by step.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
@@ -194,8 +194,8 @@ def problems() -> list[tuple[str, Problem]]:
         sizes = STAGES + LARGE + OTHER[layout]
         places += [(arch, layout, size, "evaluation", BATCHES) for size in sizes]
     places += [
-        (arch, layout, STAGES[i % len(STAGES)], "single ops", BATCHES)
-        for i, (arch, layout) in enumerate(itertools.product(ARCHS, LAYOUTS))
+        (arch, layout, STAGES[i % len(STAGES)], mode, BATCHES)
+        for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS))
     ]
     variants = list(itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES))
     seen: set[Any] = set()
