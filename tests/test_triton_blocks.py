@@ -28,6 +28,7 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
     monkeypatch.setattr(reason, "SMALL_TILE", 8)
     monkeypatch.setattr(middle, "SMALL_TILE", 4)
+    monkeypatch.setattr(middle, "GRADIENT_TILE", 4)
     monkeypatch.setattr(sizes, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
     monkeypatch.setattr(sizes, "ONE_TILE", 0)

@@ -168,12 +168,12 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         if backend.name == "cuda":
             notes.append("evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip")
             notes.append("training's later reads come from the L2 cache where its maps fit there")
+        elif backend.name == "triton":
+            notes.append("evaluation's last read comes from the L2, where the batch's map fits it")
         else:
             notes.append("evaluation's second read comes from cache, where the map of an image fits it")
         if any(each.name == "concept_sample" and each.reads > 1 for step in steps for each in step.passes):
-            notes.append(
-                "concept_sample reads a map that fits no tile again, last tile first, from cache what is there"
-            )
+            notes.append("concept_sample reads an image that fits no tile again, from cache what is still there")
     if synced:
         who = "the same passes, as ops of their own" if has_steps(backend.name) else "each norm's own passes"
         processes = max(group.size for group in synced)

@@ -8,6 +8,8 @@ from ...triton_common.maps import acc_type, dense, power_of_two
 from ...triton_common.sizes import SMALL_TILE, rows_at_once
 from . import triton_kernels as kernels
 
+MOST_ROWS = 128
+
 
 def _constants(h: Tensor) -> dict[str, object]:
     _, C, pt = h.shape
@@ -18,6 +20,11 @@ def exchange_blocks(concepts: int, pt: int) -> dict[str, int]:
     """How many concepts a program lets hear (RB) and speak (DB) at a time."""
     rows = min(power_of_two(concepts), max(1, min(64, SMALL_TILE // power_of_two(pt))))
     return {"RB": rows, "DB": max(1, min(power_of_two(concepts), SMALL_TILE // (rows * power_of_two(pt))))}
+
+
+def rows_of_sums(pt: int, rows: int) -> int:
+    """How many images' sums, float64, a program loads at a time."""
+    return min(MOST_ROWS, rows_at_once(power_of_two(pt), rows))
 
 
 def _split(saved: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +90,7 @@ def forward(
         CB=rows_at_once(power_of_two(pt), C),
         EPS=eps,
         BATCH=batch,
-        ROWS=rows_at_once(power_of_two(pt), N),
+        ROWS=rows_of_sums(pt, N),
         num_warps=4,
     )
     return state, new_mean, new_var, saved if save else h.new_empty((0,))
@@ -110,7 +117,7 @@ def backward(
     dedge, dweight, dbias = (None if w is None else x for w, x in zip(parameters, gradients, strict=True))
     constants, pt2, c2 = _constants(h), power_of_two(pt), power_of_two(C)
     blocks = {"CB": rows_at_once(pt2, C), "num_warps": 4}
-    rows = {"ROWS": rows_at_once(pt2, N), "BATCH": batch}
+    rows = {"ROWS": rows_of_sums(pt, N), "BATCH": batch}
     if batch:
         means_constants = {name: x for name, x in constants.items() if name != "ACC"}
         launch(kernels.state_means, (N,), h.device, g, means, **means_constants, **blocks)

@@ -252,6 +252,7 @@ def state_norm_backward(
     parts: see store_state_sums. norm_from: see store_state_norm.
     """
     k = tl.arange(0, PT2)
+    share = 1.0 / (scalar(N).to(tl.float64) * C)
     mean, rstd = load_state_norm(norm_from, parts, N, k, 3, BATCH, PT, ROWS)
     sum0 = sum_images(parts + PT, N, k, 3, PT, ROWS)
     sum1 = (sum_images(parts + 2 * PT, N, k, 3, PT, ROWS) - mean * sum0) * rstd  # of dstate xhat
@@ -262,7 +263,8 @@ def state_norm_backward(
         if dbias is not None:
             tl.store(dbias + k, sum0.to(ACC).to(dbias.dtype.element_ty), mask=k < PT)
     gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
-    share = 1.0 / (scalar(N).to(tl.float64) * C)
+    sum0 *= share
+    sum1 *= share
     for image in range(tl.program_id(0), N, tl.num_programs(0)):
         n = scalar(image)
         for start in range(0, C, CB):
@@ -270,7 +272,7 @@ def state_norm_backward(
             d = load_states(dstate, n, c, k, C, PT, tl.float64)
             if BATCH:
                 xhat = (load_states(g_from, n, c, k, C, PT, tl.float64) - mean[None, :]) * rstd[None, :]
-                d = d - (sum0 * share)[None, :] - xhat * (sum1 * share)[None, :]
+                d = d - sum0[None, :] - xhat * sum1[None, :]
             store_states(dg_to, n, c, k, (d * gain[None, :]).to(ACC), C, PT)
 
 

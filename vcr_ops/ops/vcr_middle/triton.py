@@ -23,7 +23,7 @@ from ...triton_common.sizes import (
     sizes_of,
     splits_of,
 )
-from ..concept_reason.triton import exchange_blocks
+from ..concept_reason.triton import exchange_blocks, rows_of_sums
 from ..concept_reason.triton_kernels import state_norm_backward
 from . import triton_backward, triton_forward, triton_input_grad
 
@@ -31,6 +31,7 @@ STATS_ROWS = 64  # groups of images, so that a prologue can merge their statisti
 STATE_ROWS = 128  # groups of images whose states' statistics every program of the last pass merges
 STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
+GRADIENT_TILE = 2048  # elements that small_gradients has of several images, beside many sums
 
 
 def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
@@ -258,7 +259,7 @@ def modulate(
     """1R + 1W"""
     N, C, _, pt, S = size[:5]
     state_batch, parts_rows, per_row = state_mean is None, *state_rows(size)
-    rows = rows_at_once(power_of_two(pt), parts_rows)
+    rows = rows_of_sums(pt, parts_rows)
     found = size.config("concept_modulate")
     chunks = splits_of(found, S)
     launch(
@@ -529,7 +530,7 @@ def state_norm_gradient(
         CB=rows_at_once(pt2, C),
         PT=pt,
         PT2=pt2,
-        ROWS=rows_at_once(pt2, N),
+        ROWS=rows_of_sums(pt, N),
         ACC=size.map_constants["ACC"],
         num_warps=4,
     )
@@ -573,7 +574,7 @@ def small_gradients(
     per_group = cdiv(N, groups)
     groups = cdiv(N, per_group)
     partial = dg.new_empty((groups * gradient_numbers(size, edges),))
-    at_once = SMALL_TILE // max(c2 * pt2, p2 * pt2)
+    at_once = GRADIENT_TILE // max(c2 * pt2, p2 * pt2)
     launch(
         triton_backward.small_gradients,
         (C, groups),
