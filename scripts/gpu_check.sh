@@ -6,18 +6,27 @@
 # Logs, results (JSON, CSV) and pictures go to OUTDIR; every part runs even if one before it fails. At the end stands a table
 # with each part's outcome, and the figures that the run is looked at for (also in OUTDIR/summary.txt).
 #
-#   --build --tests --sanitizer --bench   these parts alone (--tests: tests and large, --bench: passes and bench)
-#   --only PART...    these parts alone, of: build tests large sanitizer passes bench
-#   --quick           fewer tests, and the benchmark of one stage: a look at whether everything runs, in 3 minutes
+#   --build --tests --sanitizer --bench   these parts alone (--tests: warm, tests and large; --sanitizer: memcheck and
+#                     racecheck; --bench: warm, passes, faster and bench)
+#   --only PART...    these parts alone, of: build warm tests large memcheck racecheck passes faster bench
+#   --backend NAME    of triton and cuda this one alone (default: both; the part bench takes triton)
+#   --limit PART=S    S seconds for a part, more or fewer than by default
+#   --quick           fewer tests, and the benchmark of one stage: a look at whether everything runs, in 4 minutes
 #   --dry-run         print the commands and their limits, run nothing
-#   --rehearse        without a GPU: the tests and the benchmark on the CPU, where other backends stand in; for a look at
-#                     whether the scripts run, on small maps
+#   --rehearse        without a GPU: the tests and the benchmark on the CPU, where other backends stand in for Triton, and the
+#                     CUDA kernels are executed on the host; for a look at whether the scripts run, on small maps
 #
-# PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools and ninja;
-# pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.
+# The parts: build the ops, for this GPU alone; warm: compile Triton's kernels for it, on all processors; tests and large
+# (past 2^31 elements): with each backend; memcheck and racecheck (the latter of the CUDA kernels alone): compute-sanitizer;
+# passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json; bench: the
+# middle, block and network beside their alternatives.
+#
+# PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools, ninja and
+# nvcc; pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.
 # The C++ ops are compiled with -O1 unless CXXFLAGS says otherwise: only their schemas are needed here.
 #
-# Exit status: 0 all parts passed or were left out for a reason, 1 a part failed, 2 wrong usage or no GPU.
+# A part's outcome is passed, FAILED, "too long" (stopped at its limit), "incomplete" (ended in time by leaving something out)
+# or "left out". Exit status: 0 nothing failed or took too long, 1 something did, 2 wrong usage or no GPU.
 set -uo pipefail
 
 usage() {
@@ -30,14 +39,24 @@ die() {
 }
 
 self=$(realpath "$0")
-all=(build tests large sanitizer passes bench)
-declare -A limit=([build]=75 [tests]=95 [large]=30 [sanitizer]=35 [passes]=45 [bench]=190)
-chosen=() outdir='' quick='' dry='' rehearse=''
+all=(build warm tests large memcheck racecheck passes faster bench)
+declare -A limit=([build]=75 [warm]=30 [tests]=90 [large]=30 [memcheck]=30 [racecheck]=25 [passes]=60 [faster]=50 [bench]=85)
+chosen=() backends=(triton cuda) outdir='' quick='' dry='' rehearse=''
 while [ $# -gt 0 ]; do
   case $1 in
-    --build | --sanitizer) chosen+=("${1#--}") ;;
-    --tests) chosen+=(tests large) ;;
-    --bench) chosen+=(passes bench) ;;
+    --build) chosen+=(build) ;;
+    --tests) chosen+=(warm tests large) ;;
+    --sanitizer) chosen+=(memcheck racecheck) ;;
+    --bench) chosen+=(warm passes faster bench) ;;
+    --backend)
+      case ${2:-} in triton | cuda) backends=("$2") ;; *) die "--backend takes triton or cuda, not '${2:-}'" ;; esac
+      shift
+      ;;
+    --limit)
+      [[ ${2:-} =~ ^([a-z]+)=([0-9]+)$ && -n "${limit[${BASH_REMATCH[1]}]:-}" ]] || die "--limit takes PART=SECONDS, not '${2:-}'"
+      limit[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+      shift
+      ;;
     --only)
       while [ $# -gt 1 ] && [ -n "${limit[$2]:-}" ]; do
         chosen+=("$2")
@@ -69,11 +88,19 @@ case $python in */*) python=$(realpath -s "$python") ;; esac
 outdir=$(realpath -m "$outdir")
 cd "$(dirname "$self")/.." || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-device=cuda workers=8
+device=cuda workers=$(($(nproc) < 12 ? $(nproc) : 12))
+comma=$(IFS=, && echo "${backends[*]}")
+export VCR_OPS_GPU_BACKENDS=$comma
 if [ -n "$rehearse" ]; then
-  device=rehearsal workers=2 limit[build]=600
-  export VCR_OPS_GPU_REHEARSAL=${VCR_OPS_GPU_REHEARSAL:-cpp} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  device=rehearsal workers=2 limit[build]=900 limit[tests]=240 limit[large]=120
+  export VCR_OPS_GPU_REHEARSAL=${VCR_OPS_GPU_REHEARSAL:-${comma/triton/cpp}} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  host=build/kernels/cuda-plain/ops.so
+  [[ ,$VCR_OPS_GPU_REHEARSAL, != *,cuda,* ]] || export VCR_OPS_CUDA_ON_HOST=$PWD/$host
 fi
+
+has_backend() {
+  case " ${backends[*]} " in *" $1 "*) return 0 ;; *) return 1 ;; esac
+}
 
 has() {
   "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null
@@ -84,7 +111,14 @@ has() {
 part_build() {
   local flags=${CXXFLAGS--O1}
   [ -n "$rehearse" ] && flags=${CXXFLAGS-} # they are what runs there, and may have been built
-  words=(env "MAX_JOBS=${MAX_JOBS:-$(nproc)}" "CXXFLAGS=$flags" "$python" setup.py build_ext --inplace)
+  words=(env "MAX_JOBS=${MAX_JOBS:-$(nproc)}" "CXXFLAGS=$flags")
+  if [ -z "$rehearse" ]; then
+    has_backend cuda && words+=(VCR_OPS_CUDA=1) || words+=(VCR_OPS_CUDA=0)
+    [ -n "${TORCH_CUDA_ARCH_LIST:-}" ] || words+=("TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null)")
+  fi
+  words+=("$python" setup.py build_ext --inplace)
+  # in a rehearsal the CUDA kernels run on the host
+  [ -z "${VCR_OPS_CUDA_ON_HOST:-}" ] || words=(bash -c 'env "$@" && PYTHON=$0 tests/kernels/cuda/run.sh library' "$python" "${words[@]:1}")
   local missing=()
   for module in torch pybind11 setuptools; do
     has "$module" || missing+=("$module")
@@ -98,6 +132,15 @@ part_build() {
 pytest_words() {
   words=(env "VCR_OPS_GPU_TEST_SECONDS=$1" "$python" -m pytest -m gpu -p no:cacheprovider -o addopts= -ra --strict-markers --tb=short --durations=10)
   [ -n "$quick" ] && words+=(--maxfail=20)
+}
+
+part_warm() {
+  has_backend triton || reason="Triton isn't asked for"
+  [ -z "$rehearse" ] || reason="nothing is compiled in a rehearsal"
+  local arch
+  arch=$("$python" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)
+  words=("$python" -m vcr_ops.triton_common.aot --anew --arch "${arch:-sm_90}" --jobs "$(nproc)")
+  case $arch in sm_80 | sm_90 | sm_100 | '') ;; *) reason="no list of kernels for $arch" ;; esac
 }
 
 part_tests() {
@@ -114,16 +157,34 @@ part_large() {
   words+=(tests/gpu/test_large.py)
 }
 
-part_sanitizer() {
-  local tool
-  tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-  words=("$python" -m tests.gpu.sanitizer_case)
-  if [ -n "$tool" ]; then
-    # No caching allocator: what reaches over the end of a tensor must not fall into another one.
-    words=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 --target-processes application-only "${words[@]}")
-  elif [ -z "$rehearse" ]; then
+# sanitizer_words TOOL SETTING...
+sanitizer_words() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  words=(env "${@:2}")
+  if [ -n "$rehearse" ]; then
+    :
+  elif [ -n "$sanitizer" ]; then
+    words+=("$sanitizer" --tool "$1" --error-exitcode 9 --target-processes application-only)
+  else
     reason="no compute-sanitizer here"
   fi
+  words+=("$python" -m tests.gpu.sanitizer_case)
+}
+
+part_memcheck() {
+  # No caching allocator: what reaches over the end of a tensor must not fall into another one.
+  sanitizer_words memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
+}
+
+part_racecheck() {
+  has_backend cuda || reason="CUDA C++ isn't asked for"
+  sanitizer_words racecheck VCR_OPS_GPU_BACKENDS=cuda
+}
+
+# What the benchmark takes for a backend in a rehearsal.
+stand_in() {
+  case ${rehearse:-0}-$1 in 1-triton) echo composite ;; 1-cuda) echo cpp ;; *) echo "$1" ;; esac
 }
 
 bench_words() {
@@ -135,15 +196,30 @@ bench_words() {
   fi
 }
 
+# Both backends, the second with what time the first has left.
 part_passes() {
-  bench_words passes
-  words+=(--seconds $((limit[passes] - 15)) --output "$outdir/passes")
+  local each all='' seconds=$(((limit[passes] - 15) / ${#backends[@]}))
+  for each in "${backends[@]}"; do
+    bench_words passes
+    words+=(--backend "$(stand_in "$each")")
+    words+=(--seconds "$seconds" --output "$outdir/passes-$each")
+    all+="$(printf '%q ' "${words[@]}") || failed=1; "
+  done
+  words=(bash -c "failed=0; ${all}exit \$failed")
+}
+
+part_faster() {
+  [ ${#backends[@]} = 2 ] || reason="one backend alone"
+  bench_words faster
+  [ -n "$rehearse" ] || words+=(--write)
+  words+=(--seconds $((limit[faster] - 15)) --case-seconds 0.05 --output "$outdir/faster")
 }
 
 part_bench() {
   local seconds=$((limit[bench] - 25))
   [ -n "$quick" ] && seconds=60
   bench_words
+  [ ${#backends[@]} = 2 ] || words+=(--backend "$(stand_in "${backends[0]}")")
   [ -n "$rehearse" ] && words+=(--levels middle block --block-batch 2 --case-seconds 0.05)
   [ -n "$quick" ] && words+=(--levels middle --layouts contiguous)
   words+=(--seconds "$seconds" --output "$outdir/run")
@@ -153,7 +229,8 @@ part_bench() {
 note_of() {
   case $1 in
     tests | large) grep -E '^(=+ )?[0-9]+ (passed|failed|skipped|error|deselected).* in [0-9.]+s' "$2" | tail -n 1 | tr -d '=' | sed 's/^ *//' ;;
-    sanitizer) grep -E 'ERROR SUMMARY|cases ran' "$2" | tail -n 1 | sed 's/^=* *//' ;;
+    warm) grep -E '^[0-9]+ kernels' "$2" | tail -n 1 ;;
+    memcheck | racecheck) grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|cases ran' "$2" | tail -n 1 | sed 's/^=* *//' ;;
     build) grep -E "can't be built|has no " "$2" | tail -n 1 ;;
     *) grep -E '^(no picture|[0-9]+ of [0-9]+ cases|interrupted|[A-Za-z]*Error)' "$2" | tail -n 1 ;;
   esac
@@ -163,14 +240,7 @@ report=() failed=0
 run_part() {
   local name=$1 words=() reason='' broken='' start=$SECONDS log status outcome note
   log=$outdir/$name.log
-  case $name in
-    build) part_build ;;
-    tests) part_tests ;;
-    large) part_large ;;
-    sanitizer) part_sanitizer ;;
-    passes) part_passes ;;
-    bench) part_bench ;;
-  esac
+  "part_$name"
   if [ -n "$dry" ]; then
     printf '%-10s at most %3d s:' "$name" "${limit[$name]}"
     printf ' %q' "${words[@]}"
@@ -179,7 +249,7 @@ run_part() {
   fi
   printf '\n=== %s (at most %d s)\n' "$name" "${limit[$name]}"
   if [ -n "$reason" ]; then
-    report+=("$(printf '%-10s %-8s %5s    %s' "$name" 'left out' '-' "$reason")")
+    report+=("$(printf '%-10s %-10s %5s    %s' "$name" 'left out' '-' "$reason")")
     echo "left out: $reason"
     return
   fi
@@ -203,8 +273,9 @@ run_part() {
   case $name in
     tests | large) [ "$status" = 0 ] && ! grep -q passed <<<"$note" && outcome=FAILED status=1 ;;
   esac
+  [ "$outcome" != passed ] || ! grep -q 'out of time' "$log" || outcome=incomplete
   [ "$status" = 0 ] || failed=1
-  report+=("$(printf '%-10s %-8s %5d s  %s' "$name" "$outcome" $((SECONDS - start)) "$note")")
+  report+=("$(printf '%-10s %-10s %5d s  %s' "$name" "$outcome" $((SECONDS - start)) "$note")")
 }
 
 if [ -z "$dry" ]; then
@@ -227,11 +298,11 @@ done
 [ -z "$dry" ] || exit 0
 
 results=()
-for file in "$outdir/passes.json" "$outdir/run.json"; do
+for file in "$outdir"/passes-{triton,cuda}.json "$outdir/faster.json" "$outdir/run.json"; do
   [ -f "$file" ] && results+=("$file")
 done
 {
-  printf '\n%-10s %-8s %7s  %s\n' part outcome time note
+  printf '\n%-10s %-10s %7s  %s\n' part outcome time note
   printf '%s\n' "${report[@]}"
   printf '%d s in all\n\n' "$SECONDS"
   [ ${#results[@]} = 0 ] || "$python" -m benchmarks headlines "${results[@]}" 2>&1

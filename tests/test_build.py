@@ -165,6 +165,24 @@ def test_build_with_old_torch(packages: Path):
 @pytest.mark.parametrize(
     "environment, expected",
     [
+        ({"VCR_OPS_CUDA": "yes"}, "VCR_OPS_CUDA is 'yes'"),
+        ({"NVCC": "false", "TORCH_CUDA_ARCH_LIST": "9.0 Hopper"}, "'Hopper' is no architecture by number"),
+        ({"NVCC": "false", "TORCH_CUDA_ARCH_LIST": "7.5;9.0"}, "is '7.5;9.0', and the CUDA kernels need 8.0 or later"),
+        pytest.param(
+            {"VCR_OPS_CUDA": "1", "NVCC": "", "CUDA_HOME": "/nowhere", "CUDA_PATH": "", "PATH": "/nowhere"},
+            "there is no nvcc",
+            marks=pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="nvcc is where it is sought"),
+        ),
+    ],
+)
+def test_build_with_cuda(environment: dict[str, str], expected: str):
+    cxx = shutil.which("c++") or "c++"  # by its place, for PATH may be another
+    assert expected in failed_build(PYTHONPATH=str(Path(torch.__file__).parent.parent), **{"CXX": cxx} | environment)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
         ({"CXX": "/nowhere/g++"}, "'/nowhere/g++' doesn't start"),
         ({"CXX": "false"}, "'false' doesn't compile a C++17 program"),
         ({"CXX": "", "PATH": "/nowhere"}, "there is no C++ compiler"),

@@ -53,6 +53,12 @@ def test_text() -> None:
         )
 
 
+def test_cuda_kernels() -> None:
+    found = vcr_ops.explain(middle("cuda", sampler="pool"), feature_map(2, 12, 4, 5))
+    assert [each.name for each in found.step("training forward").passes] == ["channel_stats", "concept_modulate"]
+    assert "evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip" in str(found)
+
+
 def test_it_runs_nothing_and_moves_nothing() -> None:
     for backend in BACKENDS:
         b = block(backend)

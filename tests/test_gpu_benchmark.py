@@ -94,6 +94,11 @@ def test_kernels_belong_to_the_pass_that_they_name():
         "concept_modulate": "concept_modulate",
         "middle_input_grad": "middle_input_grad",
         "small_gradients": "small_gradients",
+        "run_kernel<vcr::cuda::MiddleInputGrad<vcr::bf16, true>>": "middle_input_grad",
+        "run_kernel<vcr::cuda::Together<ChannelStats<float>, ConceptSample<float>, ConceptModulate<float>>>": (
+            "forward_together"
+        ),
+        "run_kernel<vcr::cuda::Together<ModulateBackwardSums<float>, SmallGradients<float>>>": "backward_together",
         "void at::native::vectorized_elementwise_kernel<4>": None,
     }
     assert {name: one and one.name for name, one in ((name, pass_of(name)) for name in names)} == names
@@ -298,7 +303,11 @@ def test_run_writes_files_and_headlines(saved):
     assert [row["provider"] for row in results["rows"]] == ["fused", "reference", "plain"] * 2
     assert "left_out" not in results
     lines = headlines([saved])
-    assert [line.split(":")[0] for line in lines] == ["middle, training, N=2", "middle, evaluation, N=2"]
+    assert results["backend"] == "composite"
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["composite", "middle, training, N=2"],
+        ["composite", "middle, evaluation, N=2"],
+    ]
     assert "× eager python_ref (1 of 1)" in lines[0]
     assert not list(saved.parent.glob("*.part*"))
 
@@ -333,6 +342,31 @@ def test_headlines_tell_the_worst_pass_past_the_cache(tmp_path):
         "(stage 1, N=256, contiguous: 2700 GB/s, 68% of the peak)"
     )
     assert second == "training step of the middle: at most 4 launches (stage 1, N=256, contiguous)"
+
+
+def test_headlines_tell_how_the_backends_stand(tmp_path):
+    base = dict(dtype="bfloat16", layout="contiguous", mode="eval", batch=8, reason=None)
+    rows = [
+        base | dict(stage=stage, provider=name, graph_ms=ms)
+        for stage, times in ((1, {"triton": 3.0, "cuda": 2.0}), (2, {"triton": 1.0, "cuda": 2.0}))
+        for name, ms in times.items()
+    ]
+    rows += [
+        base | dict(batch=1, stage=1, provider=name, graph_ms=None, reason="no GPU") for name in ("triton", "cuda")
+    ]
+    (tmp_path / "faster.json").write_text(json.dumps({"kind": "gpu-faster", "rows": rows}))
+    assert headlines([tmp_path / "faster.json"]) == [
+        "evaluation, bfloat16, N=8: cuda is 0.5 to 1.5× as fast as triton, in 2 cases",
+        "evaluation, bfloat16, N=1: 2 without times or say: no GPU",
+    ]
+
+
+def test_another_backend_is_measured_by_name(tmp_path, capsys):
+    arguments = ["--device", "rehearsal", *TINY, "--modes", "eval", "--output", str(tmp_path / "x")]
+    assert benchmarks.main(["passes", *arguments, "--backend", "cpp"]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["backend"] == "cpp"
+    assert benchmarks.main(["passes", *arguments, "--backend", "rust"]) == 1
+    assert "--backend is 'rust'; it takes one of composite, cpp" in capsys.readouterr().err
 
 
 def test_an_early_end_leaves_what_there_is(tmp_path, monkeypatch, capsys):
@@ -378,7 +412,7 @@ def test_a_wrong_product_fails_the_command(tmp_path, monkeypatch):
     arguments = ["--levels", "middle", "--modes", "eval", "--providers", "fused", "--output", str(tmp_path / "x")]
     assert benchmarks.main(["--device", "rehearsal", *TINY, *arguments]) == 1
     lines = headlines([tmp_path / "x.json"])
-    assert lines[0].startswith("middle, evaluation, N=2: no times in 1 of 1 cases: wrong: ")
+    assert lines[0].startswith("composite: middle, evaluation, N=2: no times in 1 of 1 cases: wrong: ")
 
 
 def test_unknown_names_are_errors(capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("build", "tests", "large", "sanitizer", "passes", "bench")
+PARTS = ("build", "warm", "tests", "large", "memcheck", "racecheck", "passes", "faster", "bench")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 
@@ -39,8 +39,8 @@ def test_dry_run_prints_every_part_and_runs_none(tmp_path):
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--build", "--sanitizer"], ["build", "sanitizer"]),
-        (["--bench"], ["passes", "bench"]),
+        (["--build", "--sanitizer"], ["build", "memcheck", "racecheck"]),
+        (["--bench"], ["warm", "passes", "faster", "bench"]),
         (["--only", "large", "tests"], ["tests", "large"]),
     ],
 )
@@ -49,7 +49,36 @@ def test_parts_can_be_chosen(arguments, parts, tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == parts
 
 
-@pytest.mark.parametrize("arguments", [[], ["--fast", "out"], ["--only", "everything"], ["one", "two"]])
+def test_one_backend_alone(tmp_path):
+    lines = check("--dry-run", "--backend", "cuda", str(tmp_path)).stdout.splitlines()
+    said = {line.split()[0]: line for line in lines}
+    assert "VCR_OPS_CUDA=1" in said["build"]
+    assert "left out: Triton isn't asked for" in said["warm"]
+    assert "--backend\\ cuda" in said["passes"]
+    assert "triton" not in said["passes"]
+    assert "left out: one backend alone" in said["faster"]
+    assert said["bench"].count("--backend cuda") == 1
+    assert "VCR_OPS_CUDA=0" in check("--dry-run", "--backend", "triton", "--build", str(tmp_path)).stdout
+
+
+def test_limits_can_be_set(tmp_path):
+    done = check("--dry-run", "--only", "passes", "bench", "--limit", "bench=600", str(tmp_path))
+    assert [int(line.split()[3]) for line in done.stdout.splitlines()] == [60, 600]
+    assert "--seconds 575" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--fast", "out"],
+        ["--only", "everything"],
+        ["one", "two"],
+        ["--backend", "cpp", "out"],
+        ["--limit", "everything=3", "out"],
+        ["--limit", "bench", "out"],
+    ],
+)
 def test_wrong_usage(arguments):
     done = check("--dry-run", *arguments)
     assert done.returncode == 2
@@ -65,12 +94,13 @@ def test_without_a_gpu_nothing_is_run(tmp_path):
 
 def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path):
     environment = {"VCR_OPS_GPU_REHEARSAL": "none"}  # no such backend: every test fails
-    done = check("--rehearse", "--only", "sanitizer", "passes", str(tmp_path), **environment)
+    arguments = ("--rehearse", "--backend", "triton", "--only", "memcheck", "passes", str(tmp_path))
+    done = check(*arguments, **environment)
     assert done.returncode == 1
     table = (tmp_path / "summary.txt").read_text().splitlines()
-    assert [line.split()[:2] for line in table[2:4]] == [["sanitizer", "FAILED"], ["passes", "passed"]]
-    assert "takes one of 'auto'" in (tmp_path / "sanitizer.log").read_text()
-    assert (tmp_path / "passes.json").is_file()
+    assert [line.split()[:2] for line in table[2:4]] == [["memcheck", "FAILED"], ["passes", "passed"]]
+    assert "takes one of 'auto'" in (tmp_path / "memcheck.log").read_text()
+    assert (tmp_path / "passes-triton.json").is_file()
     assert "training step of the middle: at most" in done.stdout
 
 

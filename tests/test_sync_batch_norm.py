@@ -269,16 +269,27 @@ def work_on_triton(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         m = vcr_ops.SyncBatchNorm.convert_sync_batchnorm(make("triton"))
-        torch.save(both(rank, m, part_of(rank, 3), n=3), Path(folder) / f"{rank}.pt")
+        explained = str(vcr_ops.explain(m, images(3)))
+        torch.save((both(rank, m, part_of(rank, 3), n=3)[0], explained), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.triton
-def test_on_triton_the_norms_are_called(tmp_path: Path) -> None:
+def test_two_processes_on_triton(tmp_path: Path) -> None:
     mp.spawn(work_on_triton, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt")[0] for rank in range(2))
-    assert_same(together(first, second), both(0, make("cpp"), slice(None), n=3)[0], 1e-10)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_same(together(first[0], second[0]), both(0, make("cpp"), slice(None), n=3)[0], 1e-10)
+    assert "over 2 processes, by the same passes, as ops of their own" in first[1]
+
+
+STEPPED = [case for case in TWO if case.size not in ("N2C2p8S257", "N2C32p4S63")]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("case", STEPPED, ids=[case.id for case in STEPPED])
+def test_steps_on_triton_are_close_to_float64(case: Case) -> None:
+    ALONE.closeness(case, "triton").check()
 
 
 def test_our_sync_batch_norm_by_itself() -> None:

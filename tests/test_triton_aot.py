@@ -47,6 +47,21 @@ def test_launches_of_an_evaluation(sampler: str, modulation: str) -> None:
         assert backward == []
 
 
+@pytest.mark.parametrize("sampler, modulation", LOOKS)
+def test_steps_of_a_synchronised_middle(sampler: str, modulation: str) -> None:
+    """As many launches as in one op, or one more for the images' means; and fake kernels that say what they return."""
+    for ((p, size), layout), n, dtype in itertools.product(PLACES, (1, 256), (torch.bfloat16, torch.float64)):
+        look = dict(sampler=sampler, modulation=modulation, layout=layout, mode="steps")
+        launches, steps = record.step_launches(record.Problem(p, size, n, dtype, **look), "sm_90")
+        names = [each.name for each in launches]
+        assert len(names) - (names.count("channel_stats") - 1) == 9, names
+        for name, pair in steps.items():
+            returned, fake = (x if isinstance(x, tuple) else (x,) for x in pair)
+            assert len(returned) == len(fake), name
+            for x, y in zip(returned, fake, strict=True):
+                assert (x.shape, x.dtype, x.stride(), x.device) == (y.shape, y.dtype, y.stride(), y.device), name
+
+
 def test_grids_stay_within_the_limits() -> None:
     """65535 along the second and third axis; 2**31 - 1 along the first."""
     for layout, mode in itertools.product(aot.LAYOUTS, record.MODES):
@@ -112,6 +127,25 @@ def test_every_kernel_compiles() -> None:
     for kernel, result in aot.results(list(first.values()), jobs=2):
         assert result.complaint(kernel.arch) == "", kernel.name
         assert result.registers > 0
+
+
+def test_every_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled ahead of time uses each rule of the table, on each architecture that it is for."""
+    used, holds = set(), configs._holds
+
+    def noted(rule: configs.Rule, names: dict[str, Any], sizes: dict[str, int]) -> bool:
+        found = holds(rule, names, sizes)
+        if found:
+            used.add((configs.rules().index(rule), names["arch"]))
+        return found
+
+    monkeypatch.setattr(configs, "_holds", noted)
+    configs.config.cache_clear()
+    for arch, problem in aot.problems():
+        record.launches(problem, arch)
+    archs = [rule.get("arch", aot.ARCHS) for rule in configs.rules()]
+    wanted = {(i, arch) for i, of in enumerate(archs) for arch in ([of] if isinstance(of, str) else of)}
+    assert {(i, arch) for i, arch in wanted if arch in aot.ARCHS} - used == set()
 
 
 def test_a_large_batch() -> None:

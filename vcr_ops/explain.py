@@ -18,6 +18,7 @@ from .modules.block import VCRBlock
 from .modules.frozen_batch_norm import is_frozen
 from .modules.middle import VisualConceptReasoning, fused_path, path_without_sync, sync_groups
 from .ops.vcr_middle import composite
+from .ops.vcr_middle.synced import has_steps
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     path = fused_path(norm, sampler, reasoner, modulator)
     groups = sync_groups(path, norm, reasoner)
     synced = [group for group in groups if group is not None]
-    if synced and backend.name == "triton":
+    if synced and not has_steps(backend.name):
         path = path_without_sync(groups[1])
     strided = map_format(y) == "strided"
     steps, copies, notes = [], [], []
@@ -150,7 +151,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
             here = not case.fake and case.device != "meta" and backend.why_not(case) is None
             forward, backward = _triton_passes(y, arguments, path, training, here)
         elif backend.name != "composite":
-            forward, backward = _fused_passes(arguments, path, training)
+            forward, backward = _fused_passes(backend.name, arguments, path, training)
         else:
             forward, backward = _composite_passes(y, arguments, training)
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
@@ -164,13 +165,17 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     else:
         if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
-        last = "last read comes from the L2, where the batch's map fits it"
-        last = last if backend.name == "triton" else "second read comes from cache, where the map of an image fits it"
-        notes.append(f"evaluation's {last}")
+        if backend.name == "cuda":
+            notes.append("evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip")
+            notes.append("training's later reads come from the L2 cache where its maps fit there")
+        elif backend.name == "triton":
+            notes.append("evaluation's last read comes from the L2, where the batch's map fits it")
+        else:
+            notes.append("evaluation's second read comes from cache, where the map of an image fits it")
         if any(each.name == "concept_sample" and each.reads > 1 for step in steps for each in step.passes):
             notes.append("concept_sample reads an image that fits no tile again, from cache what is still there")
     if synced:
-        who = "each norm's own passes" if backend.name == "triton" else "the same passes, as ops of their own"
+        who = "the same passes, as ops of their own" if has_steps(backend.name) else "each norm's own passes"
         processes = max(group.size for group in synced)
         notes.append(f"training: batch statistics over {processes} processes, by {who}; small numbers are exchanged")
     if path != "whole":
@@ -278,10 +283,14 @@ def _triton_passes(
     return tuple(Pass(*each) for each in forward), tuple(Pass(*each) for each in backward) if training else ()
 
 
-def _fused_passes(arguments: tuple[Any, ...], path: str, training: bool) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes of the fused C++ kernels, which their sources describe under the same names."""
-    attend = [Pass("concept_sample", 1, 0)]
-    if arguments[18] == "batch":
+def _fused_passes(
+    backend: str, arguments: tuple[Any, ...], path: str, training: bool
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of the fused kernels, C++ or CUDA C++, which their sources describe under the same names."""
+    batch, pool = arguments[18] == "batch", arguments[21] == "pool"
+    # CUDA's pool sampler takes the mean from the statistics. The C++ one reads again.
+    attend = [] if backend == "cuda" and batch and pool else [Pass("concept_sample", 1, 0)]
+    if batch:
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))
     backward = [Pass("modulate_backward_sums", 2, 0), Pass("middle_input_grad", 2, 1)]

@@ -133,6 +133,7 @@ class Results:
         self.failed = 0
         self.about: dict[str, Any] = {
             "kind": f"gpu-{kind}",
+            **({} if kind == "faster" else {"backend": device.backend}),
             **describe(argv),
             "device": device.describe(),
             "images": "photographs" if images_for(device.name) is image_batch else "noise",

@@ -19,9 +19,10 @@ def headlines(paths: Iterable[Path]) -> list[str]:
         except (OSError, json.JSONDecodeError) as error:
             lines.append(f"{path.name}: {type(error).__name__}")
             continue
-        lines += {"gpu-passes": passes_lines, "gpu-run": run_lines}.get(results.get("kind"), lambda rows: [])(
-            results["rows"]
-        )
+        of_kind = {"gpu-passes": passes_lines, "gpu-run": run_lines, "gpu-faster": faster_lines}
+        found = of_kind.get(results.get("kind"), lambda rows: [])(results["rows"])
+        backend = results.get("backend")
+        lines += [f"{backend}: {line}" if backend else line for line in found]
         if results.get("left_out"):
             lines.append(f"{path.name}: {results['left_out']}")
     return lines
@@ -82,6 +83,30 @@ def run_lines(rows: list[Row]) -> list[str]:
         parts += _ratios("plain, eager", found, rivals[:1])
         parts += _ratios("plain, compiled", found, rivals[1:])
         lines.append(f"{title}: {', '.join(parts)}")
+    return lines
+
+
+def faster_lines(rows: list[Row]) -> list[str]:
+    """How the backends stand to each other, by mode, dtype and batch: the first's time over each other's."""
+    lines = []
+    groups: dict[tuple[str, str, int], dict[Any, dict[str, Row]]] = {}
+    for row in rows:
+        case = groups.setdefault((row["mode"], row["dtype"], row["batch"]), {})
+        case.setdefault((row["stage"], row["layout"]), {})[row["provider"]] = row
+    for (mode, dtype, batch), cases in groups.items():
+        title = f"{'training' if mode == 'train' else 'evaluation'}, {dtype}, N={batch}"
+        wrong = [row["reason"] for case in cases.values() for row in case.values() if row.get("reason")]
+        if wrong:
+            lines.append(f"{title}: {len(wrong)} without times or say: {wrong[0]}")
+        first, *others = next(iter(cases.values()))
+        for other in others:
+            timed = [
+                case[first]["graph_ms"] / case[other]["graph_ms"]
+                for case in cases.values()
+                if all(case.get(name, {}).get("graph_ms") for name in (first, other))
+            ]
+            if timed:
+                lines.append(f"{title}: {other} is {_span(timed)}× as fast as {first}, in {len(timed)} cases")
     return lines
 
 

@@ -47,7 +47,12 @@ GPU_PASSES = (*PASSES, Pass("middle_evaluate", 1, 1))
 
 
 def pass_of(kernel: str) -> Pass | None:
-    """The pass that a kernel's name names, as concept_sample or (in CUDA C++) as ConceptSample; of two, the longer."""
+    """The pass that a kernel's name names, as concept_sample or (in CUDA C++) as ConceptSample; of two, the longer.
+
+    CUDA C++ has several passes in one kernel where the maps stay in the cache: no bandwidth of memory is theirs.
+    """
+    if "Together" in kernel:
+        return Pass(f"{'forward' if 'ConceptModulate' in kernel else 'backward'}_together", 0, 0)
     named = [one for one in GPU_PASSES if one.name in kernel or one.name.title().replace("_", "") in kernel]
     return max(named, key=lambda one: len(one.name), default=None)
 

@@ -17,7 +17,7 @@ from ..correctness import check, check_compiled, timed_inputs
 from ..measure import Row, _judge, _reason, _row
 from ..providers import Provider, Workload
 from ..timing import in_turn
-from .budget import Budget, at_most
+from .budget import Budget, OutOfTime, at_most
 from .device import Device, Times
 
 MIN_ROUNDS = {"middle": 9, "block": 7, "network": 5}
@@ -135,6 +135,8 @@ def _compile(sides: Sides, provider: Provider, inputs: Inputs, budget: Budget) -
             row.correct, row.error_tensor = verdict.ok, verdict.worst
             row.error, row.plain_error = worst.norm2, worst.plain_norm2
     row.compile_s = time.perf_counter() - begin
+    if row.reason is not None and OutOfTime.__name__ in row.reason:  # which the compiler may have wrapped
+        row.reason = f"no time left to compile it: more than {row.compile_s:.0f} s"
     if row.reason is None:
         budget.expected[provider.compile_mode] = min(expected, row.compile_s)
 

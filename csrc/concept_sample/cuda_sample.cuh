@@ -42,10 +42,13 @@ template <class T>
 struct SampleShared {
   using A = acc_t<T>;
   SharedArray<T> tile;
-  SharedArray<A> mu, s, b, v, mhat, u;    // [rows]
-  SharedArray<A> mean, R;                 // [rows]: sums of e (yhat - mhat), later their mean; [rows, pt]
-  SharedArray<A> q, projected, h;         // [concepts, pt]; projected: mean * s Wv
-  SharedArray<A> e, g;                    // [concepts, block]; [concepts, pt, block]: e * (yhat - mhat) * s Wv
+  SharedArray<A> mu, s, b, v, mhat, u;  // [rows]
+  SharedArray<A> mean, R;               // [rows]: sums of e (yhat - mhat), later their mean; [rows, pt]
+  SharedArray<A> q, h;                  // [concepts, pt]
+  SharedArray<A> e, g;                  // [concepts, block]; [concepts, pt, block]: (yhat - mhat) * s Wv
+  // For R, of the positions that are staged: the weighted mean of yhat - mhat there and before [rows], the first and the difference of both
+  // projected by s Wv [concepts, pt]; [concepts]: sum of e, and what the difference of the means counts.
+  SharedArray<A> here, before, projected, apart, weight, share;
   SharedArray<A> top, factor, sum, ties;  // [concepts]
   template <class Args>
   VCR_BOTH SampleShared(SharedCarver& carve, const Args& a, bool covariance) {
@@ -53,11 +56,14 @@ struct SampleShared {
     tile = carve.take<T>(tile_elements<T>(a.last, int(rows), a.resident ? int(a.problem.S) : a.block));
     mu = carve.take<A>(rows), s = carve.take<A>(rows), b = carve.take<A>(rows), v = carve.take<A>(rows), mhat = carve.take<A>(rows);
     u = carve.take<A>(rows), mean = carve.take<A>(rows);
-    q = carve.take<A>(states), projected = carve.take<A>(states), h = carve.take<A>(states);
+    q = carve.take<A>(states), h = carve.take<A>(states);
     top = carve.take<A>(a.concepts), factor = carve.take<A>(a.concepts), sum = carve.take<A>(a.concepts), ties = carve.take<A>(a.concepts);
     e = carve.take<A>(int64_t(a.concepts) * a.block);
     g = carve.take<A>(covariance ? states * a.block : 0);
     R = carve.take<A>(covariance && a.shared_R ? rows * pt : 0);
+    here = carve.take<A>(covariance ? rows : 0), before = carve.take<A>(covariance ? rows : 0);
+    projected = carve.take<A>(covariance ? states : 0), apart = carve.take<A>(covariance ? states : 0);
+    weight = carve.take<A>(covariance ? a.concepts : 0), share = carve.take<A>(covariance ? a.concepts : 0);
   }
 };
 
@@ -230,14 +236,25 @@ struct SampleBlock {
       for_threads(t, concepts * count, [&](int at) { weigh(tile, int(at) / count, int(at) % count, covariance); });
       t.sync();
       for_warps(t, rows + concepts, [&](int x) {
-        if (x >= rows) {
-          const int c = x - rows;
-          const A sum = warp_sum<A>(t, count, [&](int i) { return s.e[c * a.block + i]; });
-          if (t.lane() == 0) s.sum[c] = multiply_add(s.sum[c], s.factor[c], sum);
-        } else {
-          add_row(t, tile, int(x), count, R);
-        }
+        if (x < rows) return add_row(t, tile, int(x), count, covariance);
+        const int c = x - rows;
+        const A sum = warp_sum<A>(t, count, [&](int i) { return s.e[c * a.block + i]; });
+        if (t.lane() != 0) return;
+        if (covariance)
+          s.weight[c] = sum;  // s.sum is still needed
+        else
+          s.sum[c] = multiply_add(s.sum[c], s.factor[c], sum);
       });
+      t.sync();
+      if (!covariance) continue;
+      for_threads(t, concepts * pt, [&](int i) { project_means(i / pt, i % pt); });
+      for_threads(t, concepts, [&](int c) {
+        const A old = s.sum[c] * s.factor[c], all = old + s.weight[c];
+        s.share[c] = all > 0 ? old * s.weight[c] / all : A(0);
+        s.sum[c] = all;
+      });
+      t.sync();
+      for_warps(t, rows, [&](int j) { add_covariance(t, tile, int(j), count, R); });
       t.sync();
     }
   }
@@ -257,33 +274,61 @@ struct SampleBlock {
       }
       VCR_UNROLL
       for (int k = 0; k < at_once; ++k)
-        if (k0 + k < pt) s.g[int64_t(c * pt + k0 + k) * a.block + i] = e * g[k];
+        if (k0 + k < pt) s.g[int64_t(c * pt + k0 + k) * a.block + i] = g[k];
     }
   }
-  // By a warp: a channel's sums over the block's positions.
+  VCR_DEVICE A centred(const Tile<T>& tile, int j, int i) const { return tile.at(j, i) - s.mu[j] - s.mhat[j]; }
+  // By a warp: a channel's weighted sum over the block's positions.
   template <class Thread>
-  VCR_DEVICE void add_row(Thread& t, const Tile<T>& tile, int j, int count, A* R) const {
+  VCR_DEVICE void add_row(Thread& t, const Tile<T>& tile, int j, int count, bool covariance) const {
     const int c = j / p;
-    const A mu = s.mu[j], mhat = s.mhat[j], factor = s.factor[c];
-    const auto x = [&](int i) { return tile.at(j, int(i)) - mu - mhat; };
-    const A sum = warp_sum<A>(t, count, [&](int i) { return s.e[c * a.block + i] * x(i); });
-    if (t.lane() == 0) s.mean[j] = multiply_add(s.mean[j], factor, sum);
-    if (R == nullptr) return;
+    const A* e = s.e + c * a.block;
+    const A sum = warp_sum<A>(t, count, [&](int i) { return e[i] * centred(tile, j, i); });
+    const A weight = covariance ? warp_sum<A>(t, count, [&](int i) { return e[i]; }) : A(0);
+    if (t.lane() != 0) return;
+    if (covariance) {
+      s.here[j] = weight > 0 ? sum / weight : A(0);
+      s.before[j] = s.sum[c] > 0 ? s.mean[j] / s.sum[c] : A(0);
+    }
+    s.mean[j] = multiply_add(s.mean[j], s.factor[c], sum);
+  }
+  VCR_DEVICE void project_means(int c, int k) const {
+    A here = 0, apart = 0;
+    for (int j = 0; j < p; ++j) {
+      const int at = c * p + j;
+      const A value = s.s[at] * a.weights.value[int64_t(first + at) * pt + k];
+      here = multiply_add(s.here[at], value, here);
+      apart = multiply_add(s.here[at] - s.before[at], value, apart);
+    }
+    s.projected[c * pt + k] = here;
+    s.apart[c * pt + k] = apart;
+  }
+  // By a warp: a channel's sums of e (x - its mean) (g - its mean), all means being of the block's positions, since sums about any other point
+  // cancel where few positions have all the weight. Then the two means' part. `rest` is what rounding left of sum e (x - its mean) = 0.
+  template <class Thread>
+  VCR_DEVICE void add_covariance(Thread& t, const Tile<T>& tile, int j, int count, A* R) const {
+    const int c = j / p;
+    const A mean = s.here[j], factor = s.factor[c];
+    const A* e = s.e + c * a.block;
+    const A moved = s.share[c] * (mean - s.before[j]);
+    const A rest = warp_sum<A>(t, count, [&](int i) { return e[i] * (centred(tile, j, i) - mean); });
     for (int k0 = 0; k0 < pt; k0 += at_once) {
       A sums[at_once] = {};
       const A* g = s.g + int64_t(c * pt + k0) * a.block;
       for (int i = t.lane(); i < count; i += warp_size) {
-        const A here = x(i);
+        const A weighed = e[i] * (centred(tile, j, i) - mean);
         VCR_UNROLL
         for (int k = 0; k < at_once; ++k)
-          if (k0 + k < pt) sums[k] = multiply_add(here, g[int64_t(k) * a.block + i], sums[k]);
+          if (k0 + k < pt) sums[k] = multiply_add(weighed, g[int64_t(k) * a.block + i], sums[k]);
       }
       VCR_UNROLL
       for (int k = 0; k < at_once; ++k)
         if (k0 + k < pt) {
           const A total = t.reduce(sums[k], Sum{});
+          if (t.lane() != 0) continue;
+          const int state = c * pt + k0 + k;
           A& to = R[int64_t(j) * pt + k0 + k];
-          if (t.lane() == 0) to = multiply_add(to, factor, total);
+          to = multiply_add(to, factor, multiply_add(moved, s.apart[state], multiply_add(-rest, s.projected[state], total)));
         }
     }
   }
@@ -308,25 +353,20 @@ struct SampleBlock {
     for_threads(t, concepts * pt, [&](int i) {
       const int c = i / pt;
       const int64_t weight = (c0 + c) * p * pt + i % pt;
-      A h = 0, projected = 0;
+      A h = 0;
       for (int j = 0; j < p; ++j) {
         const int at = c * p + j;
         const A value = a.weights.value[weight + int64_t(j) * pt];
         h = multiply_add(multiply_add(s.s[at], s.mhat[at] + s.mean[at], s.b[at]), value, h);
-        projected = multiply_add(s.mean[at] * s.s[at], value, projected);
       }
       s.h[i] = h;
-      s.projected[i] = projected;
       if (a.to.h != nullptr) a.to.h[(n * a.problem.C + c0) * pt + i] = h;
     });
     t.sync();
     if (!covariance) return;
     const A* sums = sums_of_R();
     A* to = a.to.R + (n * CP + first) * pt;
-    for_threads(t, int64_t(rows) * pt, [&](int i) {
-      const int j = i / pt, c = j / p;
-      to[i] = sums[i] / s.sum[c] - s.mean[j] * s.projected[c * pt + i % pt];
-    });
+    for_threads(t, int64_t(rows) * pt, [&](int i) { to[i] = sums[i] / s.sum[i / pt / p]; });
   }
   static VCR_DEVICE A most_ties(A ties) { return ties > 0 ? ties : A(1); }  // none where every logit is NaN
 

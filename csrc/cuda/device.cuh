@@ -21,6 +21,7 @@ struct DeviceThread {
   }
   VCR_DEVICE void sync() const { __syncthreads(); }
   VCR_DEVICE void sync_warp() const { __syncwarp(); }
+  VCR_DEVICE void grid_sync() const { cooperative_groups::this_grid().sync(); }
   template <class V>
   VCR_DEVICE V shuffle(V x, int from) const {
     return by_words(x, [from](int word) { return __shfl_sync(0xffffffffu, word, from); });
@@ -76,19 +77,34 @@ struct DeviceRunner {
   // probe: a kernel whose code tells what the library was built for.
   template <class Kernel>
   DeviceRunner(void* stream_, Kernel* probe) : stream(static_cast<cudaStream_t>(stream_)) {
-    int current = 0, shared = 0, multiprocessors = 1, major = 0;
+    int current = 0, shared = 0, multiprocessors = 1, major = 0, cooperative = 0, l2 = 0;
     note(cudaGetDevice(&current));
     note(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, current));
     note(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current));
     note(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current));
+    note(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, current));
+    note(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, current));
     device.shared = shared;
     device.multiprocessors = multiprocessors;
+    device.l2 = cooperative != 0 ? l2 : 0;
     device.clusters = major >= 9 && status.ok() && built_for_clusters(current, probe);
   }
   template <class K>
   void launch(const typename K::Args& args, int cluster = 1) {
+    launch_grid<K>(args, grid_of<K>(device, args, cluster));
+  }
+  template <class K>
+  void launch_together(const typename K::Args& args) {
+    launch_grid<K>(args, grid_together<K>(device, args));
+  }
+  void zero(void* to, int64_t bytes) {
+    if (status.ok() && to != nullptr && bytes > 0) note(cudaMemsetAsync(to, 0, size_t(bytes), stream));
+  }
+
+ private:
+  template <class K>
+  void launch_grid(const typename K::Args& args, const Grid& grid) {
     if (!status.ok()) return;
-    const Grid grid = grid_of<K>(device, args, cluster);
     if (grid.shared > 48 << 10) note(cudaFuncSetAttribute(run_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(grid.blocks));
@@ -96,19 +112,17 @@ struct DeviceRunner {
     config.dynamicSmemBytes = size_t(grid.shared);
     config.stream = stream;
     cudaLaunchAttribute attribute{};
-    if (cluster > 1) {
+    if (grid.cluster > 1) {
       attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = unsigned(cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
+      attribute.val.clusterDim.x = unsigned(grid.cluster), attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
     }
+    config.attrs = &attribute;
+    config.numAttrs = grid.cluster > 1 || grid.together ? 1 : 0;
     if (status.ok()) note(cudaLaunchKernelEx(&config, run_kernel<K>, args, grid.units));
   }
-  void zero(void* to, int64_t bytes) {
-    if (status.ok() && to != nullptr && bytes > 0) note(cudaMemsetAsync(to, 0, size_t(bytes), stream));
-  }
-
- private:
   void note(cudaError_t error) {
     if (error == cudaSuccess) return;
     if (status.error == 0) status.error = int(error);

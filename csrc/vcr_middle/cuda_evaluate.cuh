@@ -1,5 +1,6 @@
 // Evaluation in one launch, 1R + 1W: a block keeps its concepts' tile in shared memory from the sampler to the modulator. Concepts that
-// exchange messages are all in one block or in one cluster, whose blocks read each other's states in distributed shared memory.
+// exchange messages are all in one block, in one cluster, whose blocks read each other's states in distributed shared memory, or, for a few
+// images, in one grid whose blocks are all there at once: that occupies most multiprocessors.
 #pragma once
 #include "../concept_modulate/cuda_modulate.cuh"
 #include "../concept_sample/cuda_sample.cuh"
@@ -16,7 +17,8 @@ struct MiddleEvaluate {
     Map<T> out;
     bool pixel;
     Edges edges;
-    int cluster;  // blocks of an image that exchange states; 1: one block, or no messages
+    int cluster;   // blocks of an image that exchange states; 1: one block, no messages, or through `exchanged`
+    A* exchanged;  // [N, C, pt] in memory, for a grid whose blocks wait for each other, one unit each; or null
     StateNormArgs<A> state_norm;
     const A *edge, *state_weight, *state_bias;
     ModulatorWeights<A> weights;
@@ -48,7 +50,7 @@ struct MiddleEvaluate {
     block.score(t);
     if (a.sample.sampler != Sampler::pool) block.attend(t, false);
     block.finish(t, false);
-    reason(t, a, s, c0, concepts);
+    reason(t, a, s, n, c0, concepts);
     for_threads(t, rows, [&](int i) {
       const int c = i / p;
       const int64_t j = c0 * pr.p + i, weight = (c0 + c) * pr.p * pr.pt;
@@ -80,10 +82,17 @@ struct MiddleEvaluate {
 
   // From h to the states.
   template <class Thread>
-  VCR_DEVICE static void reason(Thread& t, const Args& a, const Shared& s, int64_t c0, int concepts) {
+  VCR_DEVICE static void reason(Thread& t, const Args& a, const Shared& s, int64_t n, int64_t c0, int concepts) {
     const Problem& pr = a.sample.problem;
     if (a.edges == Edges::none) {
       for_threads(t, concepts * pr.pt, [&](int i) { s.g[i] = s.sample.h[i]; });
+    } else if (a.exchanged != nullptr) {
+      A* image = a.exchanged + n * pr.C * pr.pt;
+      for_threads(t, concepts * pr.pt, [&](int i) { image[c0 * pr.pt + i] = s.sample.h[i]; });
+      t.grid_sync();
+      for_threads(t, pr.C * pr.pt, [&](int i) { s.states[i] = image[i]; });
+      t.sync();
+      exchange(t, a.edges, pr.C, pr.pt, s.states.get(), a.edge, c0, concepts, static_cast<A*>(nullptr), s.g.get());
     } else {
       if (a.cluster > 1) t.cluster_sync();  // every block has its h
       for_threads(t, pr.C * pr.pt, [&](int i) {

@@ -9,6 +9,8 @@
 
 namespace vcr::cuda {
 
+inline int64_t map_bytes(const Problem& pr, int64_t element) { return pr.N * pr.channels() * pr.S * element; }
+
 template <class T>
 struct MiddleForwardLaunch {
   using A = acc_t<T>;
@@ -53,7 +55,7 @@ struct MiddleForwardLaunch {
 
   // The one-read kernel, if an image's tiles fit on chip.
   bool plan_evaluation(const Device& device, typename MiddleEvaluate<T>::Args& a) const {
-    a = {sample_args(), f.out, pixel, o.edges, 1, state_norm(nullptr, nullptr), w.edge, w.state_weight, w.state_bias, modulator()};
+    a = {sample_args(), f.out, pixel, o.edges, 1, nullptr, state_norm(nullptr, nullptr), w.edge, w.state_weight, w.state_bias, modulator()};
     a.sample.resident = true;
     const auto fits = [&](int64_t concepts) {
       a.sample.concepts = int(concepts);
@@ -76,6 +78,18 @@ struct MiddleForwardLaunch {
     return false;
   }
 
+  // For a few images: a block for each concept, as far as there are multiprocessors. `block` is that of the plan for many, for it decides in
+  // which order sums go.
+  bool plan_few(const Device& device, int block, A* exchanged, typename MiddleEvaluate<T>::Args& a) const {
+    if (device.l2 == 0 || pr.N > device.multiprocessors / pr.C || pr.S > int64_t(1) << 24) return false;
+    typename MiddleEvaluate<T>::Args few = a;
+    few.sample.concepts = 1, few.sample.block = block, few.cluster = 1;
+    few.exchanged = o.edges == Edges::none ? nullptr : exchanged;
+    if (shared_bytes<MiddleEvaluate<T>>(few) > device.shared) return false;
+    a = few;
+    return true;
+  }
+
   template <class Runner>
   Status run(Runner& runner, void* memory) const {
     const Device& device = runner.device;
@@ -84,11 +98,6 @@ struct MiddleForwardLaunch {
         if (o.norm == Norm::batch) runner.zero(to, pr.channels() * sizeof(A));
       for (A* to : std::initializer_list<A*>{f.state_mean, f.state_var})
         if (o.state_batch) runner.zero(to, pr.pt * sizeof(A));
-      return runner.status;
-    }
-    typename MiddleEvaluate<T>::Args evaluate;
-    if (evaluates() && plan_evaluation(device, evaluate)) {
-      runner.template launch<MiddleEvaluate<T>>(evaluate, evaluate.cluster);
       return runner.status;
     }
     Carver carve{static_cast<char*>(memory)};
@@ -104,14 +113,25 @@ struct MiddleForwardLaunch {
         !fit<ConceptSample<T>>(device, sample, sample.concepts, sample.block) ||
         !fit<ConceptModulate<T>>(device, modulate, modulate.concepts, modulate.block))
       return {0, true};
-    if (o.norm == Norm::batch) runner.template launch<ChannelStats<T>>(stats);
-    runner.template launch<ConceptSample<T>>(sample);
-    if (modulate.reasoned) {
-      const typename ConceptReason<A>::Args reason{
-          pr.N, pr.C, pr.pt, o.edges, saved.h, w.edge, saved.g, o.save ? saved.edges : nullptr, o.state_batch ? at.parts : nullptr};
-      runner.template launch<ConceptReason<A>>(reason);
+    if (evaluates()) {
+      typename MiddleEvaluate<T>::Args evaluate;
+      bool on_chip = plan_evaluation(device, evaluate);
+      on_chip = plan_few(device, on_chip ? evaluate.sample.block : sample.block, saved.h, evaluate) || on_chip;
+      if (on_chip && evaluate.exchanged != nullptr)
+        runner.template launch_together<MiddleEvaluate<T>>(evaluate);
+      else if (on_chip)
+        runner.template launch<MiddleEvaluate<T>>(evaluate, evaluate.cluster);
+      if (on_chip) return runner.status;
     }
-    runner.template launch<ConceptModulate<T>>(modulate);
+    const typename ConceptReason<A>::Args reason{
+        pr.N, pr.C, pr.pt, o.edges, saved.h, w.edge, saved.g, o.save ? saved.edges : nullptr, o.state_batch ? at.parts : nullptr};
+    const Passes<ChannelStats<T>, ConceptSample<T>, ConceptReason<A>, ConceptModulate<T>> passes{
+        stats,
+        o.norm == Norm::batch ? ChannelStats<T>::units(stats) : 0,
+        {sample,
+         ConceptSample<T>::units(sample),
+         {reason, modulate.reasoned ? ConceptReason<A>::units(reason) : 0, {modulate, ConceptModulate<T>::units(modulate), {}}}}};
+    launch_passes<A>(runner, passes, 2 * map_bytes(pr, sizeof(T)));
     return runner.status;
   }
 
@@ -218,16 +238,21 @@ struct MiddleBackwardLaunch {
         !fit<MiddleInputGrad<T, true>>(device, grad, grad.concepts, grad.block) ||
         shared_bytes<StateNormBackward<A>>(states) > device.shared)
       return {0, true};
-    runner.template launch<ModulateBackwardSums<T>>(sums);
-    runner.template launch<StateGradients<A>>(typename StateGradients<A>::Args{pr, norm, at.sums.F0, at.sums.F1, saved.state, saved.g,
-                                                                               w.scale_weight, w.shift_weight, at.dstate, at.parts});
-    runner.template launch<StateNormBackward<A>>(states);
+    const typename StateGradients<A>::Args modulated{pr,      norm,           at.sums.F0,     at.sums.F1, saved.state,
+                                                     saved.g, w.scale_weight, w.shift_weight, at.dstate,  at.parts};
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, saved.R};
     const SamplerBackward<A> sampler{pr,      o.sampler, norm, {w.value, w.query, w.key, w.logit}, state, pixel ? at.sums.K1 : nullptr,
                                      at.image};
-    runner.template launch<SmallGradients<A>>(typename SmallGradients<A>::Args{
-        sampler, o.edges, per_group(), at.dg, saved.h, w.edge, saved.edges, at.sums, saved.abar, saved.state, w.scale_bias, at.partial});
-    runner.template launch<MiddleInputGrad<T, true>>(grad);
+    const typename SmallGradients<A>::Args small{sampler,     o.edges, per_group(), at.dg,       saved.h,      w.edge,
+                                                 saved.edges, at.sums, saved.abar,  saved.state, w.scale_bias, at.partial};
+    const Passes<ModulateBackwardSums<T>, StateGradients<A>, StateNormBackward<A>, SmallGradients<A>> passes{
+        sums,
+        ModulateBackwardSums<T>::units(sums),
+        {modulated,
+         StateGradients<A>::units(modulated),
+         {states, StateNormBackward<A>::units(states), {small, SmallGradients<A>::units(small), {}}}}};
+    launch_passes<A>(runner, passes, 3 * map_bytes(pr, sizeof(T)));
+    runner.template launch<MiddleInputGrad<T, true>>(grad);  // which needs all registers for itself
     return runner.status;
   }
 

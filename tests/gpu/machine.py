@@ -1,7 +1,9 @@
 """What the GPU tests ask of the machine, and what stands in for it in a rehearsal.
 
-``VCR_OPS_GPU_REHEARSAL=BACKEND`` runs these tests without a GPU, on CPU tensors and by that backend: "cpp",
-"composite", or "triton" under its interpreter. Nothing but this file knows of it.
+``VCR_OPS_GPU_BACKENDS=NAME,...`` is what is tested: "triton", "cuda" or both (default).
+``VCR_OPS_GPU_REHEARSAL=NAME,...`` runs these tests without a GPU, on CPU tensors and by those backends: "cpp",
+"composite", "triton" under its interpreter, or "cuda" executed on the host (tests/cuda_on_host.py). Nothing but this
+file knows of it.
 """
 
 import os
@@ -12,22 +14,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import cuda_on_host
 from tests.grid import Case
 
 REHEARSED = os.environ.get("VCR_OPS_GPU_REHEARSAL", "")
+BACKENDS = tuple((REHEARSED or os.environ.get("VCR_OPS_GPU_BACKENDS") or "triton,cuda").split(","))
 # Triton decides when it is imported whether kernels are interpreted: such tests have a process of their own.
-MARKS = [pytest.mark.gpu, *([pytest.mark.triton] if REHEARSED == "triton" else [])]
+MARKS = [pytest.mark.gpu, *([pytest.mark.triton] if REHEARSED and "triton" in BACKENDS else [])]
 DEVICE = "cpu" if REHEARSED else "cuda"
-BACKEND = REHEARSED or "triton"
 LARGE = 1 << 12 if REHEARSED else 1 << 31  # elements that no 32-bit offset reaches
 DTYPES = ("f32", "bf16", "f16")
 
 
-def backend_for(case: Case) -> str:
-    """The backend under test."""
-    if BACKEND in ("cpp", "composite") and case.dtype == "f16":
-        pytest.skip(f"no float16 in a rehearsal by {BACKEND}")
-    return BACKEND
+def ready(backend: str, case: Case) -> str:
+    """``backend``, unless it stands in for one that can do more."""
+    if REHEARSED and backend != "triton" and case.dtype == "f16":
+        pytest.skip("float16 features are refused on the CPU")
+    return backend
+
+
+def prepare() -> None:
+    """Outside pytest: what a rehearsal needs."""
+    if REHEARSED and cuda_on_host.LIBRARY:
+        cuda_on_host.turn_on()
 
 
 def synchronize() -> None:

@@ -9,7 +9,6 @@ import torch
 from tests.small import VARIANTS, feature_map, middle
 
 from .machine import (
-    BACKEND,
     DEVICE,
     MARKS,
     capture,
@@ -46,8 +45,8 @@ def equal(got, expected):
     return all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def test_captured_forward(variant, channels_last):
-    module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE).eval()
+def test_captured_forward(variant, channels_last, backend):
+    module = middle(backend, **VARIANTS[variant]).to(DEVICE).eval()
     y = picture(1, channels_last)
     with torch.no_grad():
         replay, (out,) = capture(lambda: [module(y)])
@@ -57,8 +56,8 @@ def test_captured_forward(variant, channels_last):
             assert torch.equal(out, module(y))
 
 
-def test_captured_training_step(variant, channels_last):
-    module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE)
+def test_captured_training_step(variant, channels_last, backend):
+    module = middle(backend, **VARIANTS[variant]).to(DEVICE)
     twin = copy.deepcopy(module)
     y, grad = picture(1, channels_last).requires_grad_(), picture(2, channels_last)
     replay, outputs = capture(training_step(module, y, grad))
@@ -72,8 +71,8 @@ def test_captured_training_step(variant, channels_last):
         assert equal(module.buffers(), twin.buffers())
 
 
-def test_the_host_never_waits(variant, channels_last):
-    module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE)
+def test_the_host_never_waits(variant, channels_last, backend):
+    module = middle(backend, **VARIANTS[variant]).to(DEVICE)
     y, grad = picture(1, channels_last).requires_grad_(), picture(2, channels_last)
     step = training_step(module, y, grad)
 
@@ -90,8 +89,8 @@ def test_the_host_never_waits(variant, channels_last):
         both()
 
 
-def test_another_stream(variant, channels_last):
-    module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE)
+def test_another_stream(variant, channels_last, backend):
+    module = middle(backend, **VARIANTS[variant]).to(DEVICE)
     y, grad = picture(1, channels_last).requires_grad_(), picture(2, channels_last)
     expected = training_step(copy.deepcopy(module), y, grad)()
     with side_stream():
@@ -99,12 +98,12 @@ def test_another_stream(variant, channels_last):
     assert equal(got, expected)
 
 
-def test_another_device(variant, channels_last):
+def test_another_device(variant, channels_last, backend):
     device = other_device()
     if device is None:
         pytest.skip("one GPU here")
     before = current_device()
-    module = middle(BACKEND, **VARIANTS[variant]).to(DEVICE)
+    module = middle(backend, **VARIANTS[variant]).to(DEVICE)
     expected, got = (
         training_step(
             copy.deepcopy(module).to(where),

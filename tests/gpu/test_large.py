@@ -7,7 +7,7 @@ import torch
 
 from tests.small import assert_same, feature_map, middle
 
-from .machine import BACKEND, DEVICE, LARGE, MARKS, free_bytes
+from .machine import DEVICE, LARGE, MARKS, free_bytes
 
 pytestmark = MARKS
 
@@ -32,7 +32,7 @@ def furthest(big, small):
 
 
 @pytest.fixture
-def maps(request):
+def maps(request, backend):
     """(module, the small batch and a gradient for its output, the format), where they fit."""
     if free_bytes() < 6 * 2 * LARGE:
         pytest.skip(f"needs {6 * 2 * LARGE >> 30} GiB of free memory")
@@ -45,7 +45,7 @@ def maps(request):
         )
         for seed in (1, 2)
     )
-    return middle(BACKEND, CHANNELS, 32, modulation="pixel").to(DEVICE), y, grad, memory_format
+    return middle(backend, CHANNELS, 32, modulation="pixel").to(DEVICE), y, grad, memory_format
 
 
 @pytest.mark.parametrize("maps", FORMATS, indirect=True)

@@ -7,7 +7,7 @@ import torch
 from tests import grid
 from tests.ops import adapters
 
-from .machine import DEVICE, MARKS, backend_for
+from .machine import DEVICE, MARKS, ready
 
 pytestmark = MARKS
 
@@ -21,8 +21,8 @@ def variants(op):
     return [every[0], next((c for c in every if c.modulation == "pixel"), every[-1])]
 
 
-def results_of(case, inputs, gradients):
-    return ADAPTERS[case.op].our_result(inputs, gradients, case, backend_for(case), DEVICE).tensors()
+def results_of(backend, case, inputs, gradients):
+    return ADAPTERS[case.op].our_result(inputs, gradients, case, ready(backend, case), DEVICE).tensors()
 
 
 def format_of(x):
@@ -32,12 +32,12 @@ def format_of(x):
 
 @pytest.mark.parametrize("layout", grid.LAYOUTS)
 @pytest.mark.parametrize("op", ADAPTERS)
-def test_memory_format_and_values_of_any_strides(op, layout):
+def test_memory_format_and_values_of_any_strides(op, layout, backend):
     family = "channels_last" if layout in ("channels_last", "sliced_channels_last") else "contiguous"
     for case in variants(op):
         inputs, gradients = ADAPTERS[op].draw(case.but(layout=layout))
-        dense = results_of(case.but(layout=family), inputs, gradients)
-        strided = results_of(case.but(layout=layout), inputs, gradients)
+        dense = results_of(backend, case.but(layout=family), inputs, gradients)
+        strided = results_of(backend, case.but(layout=layout), inputs, gradients)
         for name, x in dense.items():
             assert torch.equal(strided[name], x), name
             if name in ("out", "dz", "dy"):
@@ -47,29 +47,29 @@ def test_memory_format_and_values_of_any_strides(op, layout):
 @pytest.mark.parametrize("grad_layout", grid.LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", [op for op in ADAPTERS if op != "concept_sample"])
-def test_strides_of_grad_output_change_no_bit(op, layout, grad_layout):
+def test_strides_of_grad_output_change_no_bit(op, layout, grad_layout, backend):
     for case in variants(op):
         case = case.but(layout=layout)
         inputs, gradients = ADAPTERS[op].draw(case.but(grad_layout=grad_layout))
-        dense = results_of(case.but(grad_layout=layout), inputs, gradients)
-        strided = results_of(case.but(grad_layout=grad_layout), inputs, gradients)
+        dense = results_of(backend, case.but(grad_layout=layout), inputs, gradients)
+        strided = results_of(backend, case.but(grad_layout=grad_layout), inputs, gradients)
         for name, x in dense.items():
             assert torch.equal(strided[name], x), name
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", ADAPTERS)
-def test_memory_that_is_not_aligned(op, layout):
+def test_memory_that_is_not_aligned(op, layout, backend):
     """A map that begins in the middle of a vector of 16 bytes."""
     adapter, case = ADAPTERS[op], variants(op)[0].but(layout=layout)
     inputs, _ = adapter.draw(case)
     with torch.no_grad():
         leaves = adapter.leaves(inputs, case, DEVICE)
-        wanted = adapter.ours(leaves, case, backend_for(case))
+        wanted = adapter.ours(leaves, case, ready(backend, case))
         for name in adapter.maps:
             x = leaves[name]
             memory = torch.empty(x.numel() + 3, dtype=x.dtype, device=DEVICE)
             leaves[name] = torch.as_strided(memory, x.shape, x.stride(), 3).copy_(x)
-        got = adapter.ours(leaves, case, backend_for(case))
+        got = adapter.ours(leaves, case, ready(backend, case))
     for name, x in wanted.items():
         assert torch.equal(got[name], x), name

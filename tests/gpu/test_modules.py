@@ -10,8 +10,10 @@ import python_ref
 import vcr_ops
 from tests.closeness import Closeness, Result
 from tests.small import VARIANTS, assert_same, block, feature_map, middle, results
+from vcr_ops.explain import op_arguments
+from vcr_ops.ops.vcr_middle.synced import has_steps, vcr_middle_synced
 
-from .machine import BACKEND, DEVICE, MARKS, REHEARSED, full_float32
+from .machine import DEVICE, MARKS, REHEARSED, full_float32
 
 pytestmark = MARKS
 
@@ -23,8 +25,8 @@ VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 @TRAINING
 @LAYOUT
 @VARIANT
-def test_block_is_the_composite_s(variant, channels_last, training):
-    ours, composite = (block(b, **VARIANTS[variant]).to(DEVICE).train(training) for b in (BACKEND, "composite"))
+def test_block_is_the_composite_s(variant, channels_last, training, backend):
+    ours, composite = (block(b, **VARIANTS[variant]).to(DEVICE).train(training) for b in (backend, "composite"))
     x = feature_map(3, 16, 6, 5, channels_last=channels_last).to(DEVICE)
     with full_float32():
         assert_same(results(ours, x), results(composite, x))
@@ -43,9 +45,9 @@ def result_of(module, x, autocast):
 
 @TRAINING
 @VARIANT
-def test_block_under_autocast(variant, training):
+def test_block_under_autocast(variant, training, backend):
     """As near to the float64 reference as the literal equations under autocast; parameters' gradients are float32."""
-    ours = block(BACKEND, **VARIANTS[variant]).to(DEVICE).train(training)
+    ours = block(backend, **VARIANTS[variant]).to(DEVICE).train(training)
     plain = python_ref.VCRBlock(16, 4, groups=3, base_width=80, **VARIANTS[variant]).to(DEVICE).train(training)
     plain.load_state_dict(ours.state_dict())
     exact = copy.deepcopy(plain).double()
@@ -62,18 +64,37 @@ def test_block_under_autocast(variant, training):
 @TRAINING
 @LAYOUT
 @VARIANT
-def test_compiled_values(variant, channels_last, training):
+def test_compiled_values(variant, channels_last, training, backend):
     torch.compiler.reset()
-    eager = middle(BACKEND, **VARIANTS[variant]).to(DEVICE).train(training)
+    eager = middle(backend, **VARIANTS[variant]).to(DEVICE).train(training)
     module = copy.deepcopy(eager)
     call = torch.compile(module, fullgraph=True, dynamic=False)
     y = feature_map(3, 12, 6, 5, channels_last=channels_last).to(DEVICE)
     assert_same(results(module, y, call), results(eager, y))
 
 
+@VARIANT
+def test_steps_of_a_synchronised_middle(variant, backend):
+    """One by one, with nobody to talk to, they give what the whole op gives."""
+    if not has_steps(backend):
+        pytest.skip(f"{backend} has no steps")
+    m = middle(backend, **VARIANTS[variant]).to(DEVICE)
+    y = feature_map(3, 12, 6, 5).to(DEVICE).requires_grad_()
+    arguments = op_arguments(y, m.bn, m, "whole", True)
+    out, *_ = vcr_middle_synced(backend, arguments, None, None)
+    whole = m(y)
+    grad = feature_map(3, 12, 6, 5, seed=2).to(DEVICE)
+    wanted, got = (torch.autograd.grad(x, [y, *m.parameters()], grad) for x in (whole, out))
+    names = ["dy", *(f"d{name}" for name, _ in m.named_parameters())]
+    assert_same(
+        {"out": out} | dict(zip(names, got, strict=True)), {"out": whole} | dict(zip(names, wanted, strict=True))
+    )
+
+
 @pytest.mark.skipif(bool(REHEARSED), reason="auto takes another backend for CPU tensors")
-def test_auto_takes_triton():
+def test_auto_takes_what_explain_says():
     y = feature_map(3, 12, 6, 5).to(DEVICE)
     with torch.no_grad():
-        assert torch.equal(middle("auto").to(DEVICE).eval()(y), middle("triton").to(DEVICE).eval()(y))
-    assert vcr_ops.explain(middle("auto").to(DEVICE), y).backend == "triton"
+        taken = vcr_ops.explain(middle("auto").to(DEVICE), y).backend
+        assert torch.equal(middle("auto").to(DEVICE).eval()(y), middle(taken).to(DEVICE).eval()(y))
+    assert taken in ("triton", "cuda")

@@ -9,7 +9,7 @@ import torch
 from tests import grid
 from tests.ops import adapters
 
-from .machine import DEVICE, MARKS, backend_for
+from .machine import DEVICE, MARKS, ready
 
 pytestmark = MARKS
 
@@ -29,13 +29,13 @@ def ids(cases):
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_close_to_float64(case, nan_memory):
-    ADAPTERS[case.op].closeness(case, backend_for(case), device=DEVICE).check()
+def test_close_to_float64(case, nan_memory, backend):
+    ADAPTERS[case.op].closeness(case, ready(backend, case), device=DEVICE).check()
 
 
 @pytest.mark.parametrize("case", INFERENCE, ids=ids(INFERENCE))
-def test_inference_is_close_to_float64(case, nan_memory):
-    ADAPTERS[case.op].closeness(case, backend_for(case), inference=True, device=DEVICE).check()
+def test_inference_is_close_to_float64(case, nan_memory, backend):
+    ADAPTERS[case.op].closeness(case, ready(backend, case), inference=True, device=DEVICE).check()
 
 
 EMPTY = [
@@ -46,12 +46,12 @@ EMPTY = [
 
 
 @pytest.mark.parametrize("case", EMPTY, ids=ids(EMPTY))
-def test_no_images(case):
+def test_no_images(case, backend):
     """N = 0: outputs without elements, and gradients of zero."""
     adapter = ADAPTERS[case.op]
     random = functools.partial(torch.randn, dtype=torch.float64)
     leaves = adapter.leaves(adapter.make(case, lambda *shape: random(shape)), case, DEVICE)
-    outputs = adapter.ours(leaves, case, backend_for(case))
+    outputs = adapter.ours(leaves, case, ready(backend, case))
     names = adapter.differentiable(outputs)
     assert all(outputs[name].numel() == 0 for name in names)
     wanted = [x for x in leaves.values() if x.requires_grad]

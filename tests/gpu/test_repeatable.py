@@ -4,9 +4,10 @@ doesn't depend on the rest of its batch."""
 import pytest
 import torch
 
+from tests.grid import MANY
 from tests.ops import adapters
 
-from .machine import DEVICE, DTYPES, MARKS, backend_for
+from .machine import DEVICE, DTYPES, MARKS, ready
 
 pytestmark = MARKS
 
@@ -24,14 +25,14 @@ def variants(op, **fixed):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ADAPTERS)
-def test_same_bits_again(op, layout, size, dtype):
+def test_same_bits_again(op, layout, size, dtype, backend):
     if op == "concept_reason" and dtype != "f32":
         pytest.skip("states are float32 beside low-precision features")
     adapter = ADAPTERS[op]
     for case in variants(op, dtype=dtype, size=size, layout=layout):
         inputs, gradients = adapter.draw(case)
         first, *others = (
-            adapter.our_result(inputs, gradients, case, backend_for(case), DEVICE).tensors() for _ in range(3)
+            adapter.our_result(inputs, gradients, case, ready(backend, case), DEVICE).tensors() for _ in range(3)
         )
         for again in others:
             for name, x in first.items():
@@ -39,10 +40,10 @@ def test_same_bits_again(op, layout, size, dtype):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *MANY])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ADAPTERS)
-def test_one_image_is_independent_of_its_batch(op, layout, size, grad):
+def test_one_image_is_independent_of_its_batch(op, layout, size, grad, backend):
     adapter = ADAPTERS[op]
     dtype = "f32" if op == "concept_reason" else "bf16"
     given = [c for c in adapter.variants(dtype=dtype, size=size, layout=layout) if c.state in (None, "given")]
@@ -50,11 +51,11 @@ def test_one_image_is_independent_of_its_batch(op, layout, size, grad):
         inputs, _ = adapter.draw(case)
         with torch.set_grad_enabled(grad):
             leaves = adapter.leaves(inputs, case, DEVICE)
-            together = adapter.ours(leaves, case, backend_for(case))
+            together = adapter.ours(leaves, case, ready(backend, case))
             for n in range(case.shape[0]):
                 one = {
                     name: x[n : n + 1] if name in adapter.maps or name in ("h", "state", "attention") else x
                     for name, x in leaves.items()
                 }
-                for name, x in adapter.ours(one, case, backend_for(case)).items():
+                for name, x in adapter.ours(one, case, ready(backend, case)).items():
                     assert torch.equal(x[0], together[name][n]), name

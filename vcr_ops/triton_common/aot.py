@@ -42,9 +42,12 @@ from .record import Problem
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 ARCHS = tuple(SHARED_LIMIT)
 STAGES = ((4, 56), (8, 28), (16, 14), (32, 7))  # p, height and width: the paper's, at 224 x 224
+# At 640 x 640, as for detection; and what else the rules for evaluation tell apart.
+LARGE = ((4, 160), (8, 80), (16, 40), (32, 20))
+OTHER = {"contiguous": ((32, 24),), "channels_last": ((4, 16), (4, 28), (8, 40), (16, 28))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last")
-BATCHES = (256, 1)
+BATCHES = (256, 1, 1024)
 LOOKS = (("dynamic", "channel"), ("dynamic", "pixel"), ("static", "pixel"), ("static", "channel"), ("pool", "channel"))
 
 
@@ -178,14 +181,21 @@ def compile_kernel(kernel: Kernel) -> Result:
 
 
 def problems() -> list[tuple[str, Problem]]:
-    """Each architecture with each stage and layout in training, and with each layout in evaluation and op by op.
+    """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
+    in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
+    layout op by op and step by step.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
-    places: list[tuple[Any, ...]] = [(*place, "training") for place in itertools.product(ARCHS, LAYOUTS, STAGES)]
+    places: list[tuple[Any, ...]] = []  # with the batches that are to choose from
+    for arch, layout in itertools.product(ARCHS, LAYOUTS):
+        batches = ((1,), (256, 1024)) if layout == "channels_last" else (BATCHES,)
+        places += [(arch, layout, stage, "training", some) for stage, some in itertools.product(STAGES, batches)]
+        sizes = STAGES + LARGE + OTHER[layout]
+        places += [(arch, layout, size, "evaluation", BATCHES) for size in sizes]
     places += [
-        (arch, layout, STAGES[i % len(STAGES)], mode)
-        for i, (mode, arch, layout) in enumerate(itertools.product(("evaluation", "single ops"), ARCHS, LAYOUTS))
+        (arch, layout, STAGES[i % len(STAGES)], mode, BATCHES)
+        for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS))
     ]
     variants = list(itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES))
     seen: set[Any] = set()
@@ -197,8 +207,8 @@ def problems() -> list[tuple[str, Problem]]:
         return pairs, threes
 
     found = []
-    for place in places:
-        choices = max(((*place, *variant) for variant in variants), key=news)
+    for *place, some in places:
+        choices = max(((*place, *variant) for variant in variants if variant[1] in some), key=news)
         numbered = list(enumerate(choices))
         seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))
         arch, layout, (p, size), mode, dtype, n, (sampler, modulation), edges, affine = choices

@@ -22,7 +22,8 @@ from . import configs
 from .launch import Launch, hooks
 from .running_stats import move, move_of
 
-MODES = ("training", "evaluation", "single ops")  # the last: forward and backward of the three ops alone
+# single ops: forward and backward of the three ops alone. steps: training with synchronised batch norm.
+MODES = ("training", "evaluation", "single ops", "steps")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def launches(problem: Problem, arch: str) -> list[Launch]:
     """All launches of a problem, in order."""
     if problem.mode == "single ops":
         return op_launches(problem, arch)
+    if problem.mode == "steps":
+        return step_launches(problem, arch)[0]
     forward, backward = middle_launches(problem, arch)
     return forward + backward
 
@@ -99,7 +102,7 @@ def middle_of(problem: Problem) -> nn.Module:
         edges=problem.edges,
         modulation=problem.modulation,
         affine=problem.affine,
-    ).train(problem.mode == "training")
+    ).train(problem.mode in ("training", "steps"))
 
 
 def run_forward(middle: Any, y: Tensor) -> tuple[Tensor, ...]:
@@ -144,6 +147,36 @@ def op_launches(problem: Problem, arch: str) -> list[Launch]:
         dattention = torch.empty_like(attention) if pixel else None
         sample.backward(torch.empty_like(h), dattention, z, *weights, saved, problem.sampler)
     return launches
+
+
+def step_launches(problem: Problem, arch: str) -> tuple[list[Launch], dict[str, tuple[Any, Any]]]:
+    """Of the steps of a synchronised middle, and what each returned beside what its fake kernel says."""
+    steps, synced = (importlib.import_module(f"vcr_ops.ops.vcr_middle.{name}") for name in ("triton_steps", "synced"))
+    middle = middle_of(problem)
+    found: dict[str, tuple[Any, Any]] = {}
+    fakes = ("stats", "states", "modulate", "sums", "backward_states", "input")
+
+    with recording(arch) as launches:
+        middle.to_empty(device="cuda")
+        y = _map(problem, problem.concepts * problem.p)
+
+        def step(name: str, *arguments: Any) -> Any:
+            fake = getattr(synced, f"_fake_{fakes[len(found)]}")
+            found[name] = getattr(steps, f"vcr_middle_{name}")(*arguments), fake(*arguments)
+            return found[name][0]
+
+        arguments = op_arguments(y, middle.bn, middle, "whole", True)
+        learned, variant = (*arguments[3:10], *arguments[12:18]), ("given", *arguments[21:])
+        statistics = step("stats", y, problem.concepts).float()
+        saved, state_norm = step(
+            "states", y, *statistics, *learned[:7], *learned[11:], variant[0], arguments[19], *variant[1:]
+        )
+        out, late = step("modulate", y, *learned, saved, state_norm, *variant)
+        grad = torch.empty_like(out)
+        summed, sums, *_ = step("backward_sums", grad, y, *learned, saved, late, state_norm, *variant)
+        attended, shares, *_ = step("backward_states", y, *learned, saved, late, state_norm, summed, sums, *variant)
+        step("backward_input", grad, y, *learned, saved, late, summed, attended, shares, *variant)
+    return launches, found
 
 
 def _map(problem: Problem, channels: int) -> Tensor:

@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "cuda/convert.cuh"
 #include "float16.h"
 #include "host_kernels.h"
 #include "ops.h"
@@ -45,17 +46,22 @@ struct Machine {
   vcr::cuda::Device device;
   simt::Settings settings;
 };
-vcr::cuda::Device device_of(int64_t shared, bool clusters, int threads, int64_t tile, int positions) {
+vcr::cuda::Device device_of(int64_t shared, bool clusters, int threads, int64_t tile, int positions, int multiprocessors, int64_t l2) {
   vcr::cuda::Device d;
-  d.shared = shared, d.multiprocessors = 2, d.clusters = clusters, d.threads = threads, d.tile = tile, d.positions = positions;
+  d.shared = shared, d.clusters = clusters, d.threads = threads, d.tile = tile, d.positions = positions;
+  d.multiprocessors = multiprocessors, d.l2 = l2;
   return d;
 }
+// Those with an L2 cache launch grids whose blocks wait for each other. Eight multiprocessors are enough for one image and not for several.
 const Machine machines[] = {
-    {"clusters", device_of(227 << 10, true, 64, 2048, 64), {simt::Order::forward, simt::Order::forward, 1}},
-    {"little memory", device_of(24 << 10, true, 32, 1024, 32), {simt::Order::backward, simt::Order::shuffled, 2}},
-    {"no clusters", device_of(163 << 10, false, 96, 4096, 128), {simt::Order::shuffled, simt::Order::backward, 3}},
+    {"clusters", device_of(227 << 10, true, 64, 2048, 64, 2, 0), {simt::Order::forward, simt::Order::forward, 1}},
+    {"little memory", device_of(24 << 10, true, 32, 1024, 32, 2, 0), {simt::Order::backward, simt::Order::shuffled, 2}},
+    {"no clusters", device_of(163 << 10, false, 96, 4096, 128, 8, 1 << 20), {simt::Order::shuffled, simt::Order::backward, 3}},
+    {"clusters, together", device_of(227 << 10, true, 32, 2048, 64, 8, 1 << 20), {simt::Order::by_block, simt::Order::forward, 4}},
 };
-constexpr int machine_count = 3;
+constexpr int machine_count = 4;
+// Cases take the types in turn; machines go round otherwise, so that each type meets each machine.
+const Machine& machine_of(int turn) { return machines[(turn + turn / 4) % machine_count]; }
 
 template <class Op, class T>
 Called call(const Case& c, const Tensors& inputs, const Machine& machine, Lie lie, bool backward) {
@@ -67,7 +73,7 @@ template <class Op, class T>
 void check_type(Case c, const Tensors& inputs, const Reference& reference, int turn, Report& report, Largest& largest) {
   const Precision type = precision<T>();
   const auto fail = [&](const std::string& where, const std::string& what) { report.fail(Op::name, c, type.name, where, what); };
-  const Machine &first = machines[turn % machine_count], &second = machines[(turn + 1) % machine_count];
+  const Machine &first = machine_of(turn), &second = machine_of(turn + 1);
   for (const Lie lie : {Lie::contiguous, Lie::channels_last}) {
     if (!Op::maps && lie != Lie::contiguous) break;
     const Lie slice = lie == Lie::contiguous ? Lie::contiguous_slice : Lie::channels_last_slice;
@@ -82,6 +88,7 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
     // the same bits whatever the order of threads and of blocks, and for a dense map as for a slice
     Machine other = first;
     other.settings = {simt::Order::shuffled, simt::Order::shuffled, uint64_t(turn) + 10};
+    if (turn / 4 % 2) other.device.l2 = 0;  // and the same as one kernel and as several
     const Called again = call<Op, T>(c, inputs, other, lie, true);
     ++report.calls;
     const std::string names = differing(called.results, again.results);
@@ -164,34 +171,82 @@ void check_empty(Report& report) {
   }
 }
 
+template <class From, class To>
+bool converts(cuda::Number from_type, cuda::Number to_type, const std::vector<double>& numbers) {
+  const size_t sizes[] = {1, 0, numbers.size()};  // of arrays that go in one launch
+  std::vector<From> from[3];
+  std::vector<To> to[3];
+  std::vector<cuda::Conversion> list;
+  for (int i = 0; i < 3; ++i) {
+    for (size_t k = 0; k < sizes[i]; ++k) from[i].push_back(vcr_test::to_type<From>(numbers[k]));
+    to[i].assign(sizes[i] + 1, vcr_test::to_type<To>(-7));
+    list.push_back({from[i].data(), to[i].data(), int64_t(sizes[i]), from_type, to_type});
+  }
+  host_runner().device = machines[0].device, host_runner().settings = {};
+  if (!cuda::ConvertLaunch(list.data(), int(list.size())).run(host_runner()).ok()) return false;
+  for (int i = 0; i < 3; ++i) {
+    if (to_double(to[i][sizes[i]]) != -7) return false;
+    for (size_t k = 0; k < sizes[i]; ++k) {
+      const double right = to_double(vcr_test::to_type<To>(to_double(from[i][k]))), is = to_double(to[i][k]);
+      if (!(is == right || (is != is && right != right))) return false;
+    }
+  }
+  return true;
+}
+void check_convert(Report& report) {
+  // more than a unit takes; among them NaN, infinities, what only float64 has, what float16 hasn't, and halfway between two of bfloat16
+  std::vector<double> numbers{0.1, -0.0, std::nan(""), HUGE_VAL, -HUGE_VAL, 1e30, 1 + 0x1p-8, 1 + 0x3p-8, 6e-8, -65504};
+  while (numbers.size() < 2500) numbers.push_back(std::sin(double(numbers.size())) * double(numbers.size()));
+  int wrong = 0;
+  const auto all_to = [&](auto from, cuda::Number number) {
+    using From = decltype(from);
+    wrong += !converts<From, float>(number, cuda::Number::float32, numbers) +
+             !converts<From, double>(number, cuda::Number::float64, numbers) +
+             !converts<From, bf16>(number, cuda::Number::bfloat16, numbers) + !converts<From, f16>(number, cuda::Number::float16, numbers);
+  };
+  all_to(float{}, cuda::Number::float32), all_to(double{}, cuda::Number::float64);
+  all_to(bf16{}, cuda::Number::bfloat16), all_to(f16{}, cuda::Number::float16);
+  report.calls += 16;
+  if (wrong != 0) report.failures += wrong, std::printf("FAILED convert: %d of 16 pairs of types\n", wrong);
+  std::printf("  convert            16 pairs of types\n");
+}
+
 // The kernels without their block barriers, or without the cluster's: the comparison must notice in some order of threads.
 void check_faults(Report& report) {
   Case c;
   c.size = {2, 8, 4, 4, 77};
   c.norm = Norm::given, c.state_batch = false, c.seed = 77;
-  Tensors inputs;
-  const Reference reference = make_reference<Middle>(c, inputs);
+  Case alone = c;
+  alone.size.N = 1;
   Largest ignored;
-  const auto noticed = [&](simt::Fault fault, bool backward) {
+  const auto noticed = [&](simt::Fault fault, Case of, const Machine& on, bool backward) {
+    Tensors inputs;
+    const Reference reference = make_reference<Middle>(of, inputs);
     for (const simt::Order order : {simt::Order::forward, simt::Order::backward, simt::Order::shuffled, simt::Order::by_block}) {
-      Machine machine = machines[0];
+      Machine machine = on;
       machine.settings.threads = order, machine.settings.fault = fault;
-      const Called called = call<Middle, float>(c, inputs, machine, Lie::contiguous, backward);
+      const Called called = call<Middle, float>(of, inputs, machine, Lie::contiguous, backward);
       const std::vector<std::string> skip = backward ? std::vector<std::string>{} : gradients_of(reference);
       if (!reference.check(called.results, precision<float>(), skip, ignored).empty()) return true;
     }
     return false;
   };
+  const Machine &clusters = machines[0], &together = machines[3];
+  bool alarm = false;
+  for (const bool backward : {false, true})
+    alarm = alarm || noticed(simt::Fault::none, c, clusters, backward) || noticed(simt::Fault::none, alone, together, backward);
   struct {
     const char* what;
     bool right;
-  } const checks[] = {{"no fault, no alarm", !noticed(simt::Fault::none, false) && !noticed(simt::Fault::none, true)},
-                      {"evaluation without block barriers", noticed(simt::Fault::sync, false)},
-                      {"evaluation without cluster barriers", noticed(simt::Fault::cluster_sync, false)},
-                      {"training without block barriers", noticed(simt::Fault::sync, true)}};
+  } const checks[] = {{"no fault, no alarm", !alarm},
+                      {"evaluation without block barriers", noticed(simt::Fault::sync, c, clusters, false)},
+                      {"evaluation without cluster barriers", noticed(simt::Fault::cluster_sync, c, clusters, false)},
+                      {"evaluation without grid barriers", noticed(simt::Fault::grid_sync, alone, together, false)},
+                      {"training without block barriers", noticed(simt::Fault::sync, c, clusters, true)},
+                      {"training without grid barriers", noticed(simt::Fault::grid_sync, c, together, true)}};
   for (const auto& check : checks)
     if (!check.right) ++report.failures, std::printf("FAILED seeded fault: %s\n", check.what);
-  std::printf("  seeded faults     %d noticed in the kernels\n", 3);
+  std::printf("  seeded faults     %d noticed in the kernels\n", 5);
 }
 
 #if !defined(__SANITIZE_THREAD__)  // which has no room for such maps
@@ -265,6 +320,7 @@ int main(int count, char** arguments) {
   check_op<Modulate>(modulate_cases(), every, report);
   check_empty<float>(report);
   check_empty<f16>(report);
+  check_convert(report);
 #if !defined(__SANITIZE_THREAD__)  // faults end it: run.sh has them one by one
   check_far(report);
   check_faults(report);

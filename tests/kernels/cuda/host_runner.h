@@ -14,14 +14,25 @@ struct HostRunner {
 
   template <class K>
   void launch(const typename K::Args& args, int cluster = 1) {
-    const vcr::cuda::Grid grid = vcr::cuda::grid_of<K>(device, args, cluster);
-    simt::launch(grid.blocks, grid.threads, grid.shared, grid.cluster, settings, [&] {
-      simt::HostThread thread;
-      vcr::cuda::run_units<K>(thread, args, grid.units);
-    });
+    launch_grid<K>(args, vcr::cuda::grid_of<K>(device, args, cluster));
+  }
+  template <class K>
+  void launch_together(const typename K::Args& args) {
+    launch_grid<K>(args, vcr::cuda::grid_together<K>(device, args));
   }
   void zero(void* to, int64_t bytes) {
     if (to != nullptr) std::memset(to, 0, size_t(bytes));
+  }
+
+ private:
+  template <class K>
+  void launch_grid(const typename K::Args& args, const vcr::cuda::Grid& grid) {
+    const auto body = [&] {
+      simt::HostThread thread;
+      vcr::cuda::run_units<K>(thread, args, grid.units);
+    };
+    simt::launch(grid.blocks, grid.threads, grid.shared, grid.cluster, settings, body,
+                 grid.together ? simt::Grid::together : simt::Grid::apart);
   }
 };
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <typeinfo>
 
+#include "cuda/convert.cuh"
 #include "vcr_middle/cuda_launch.h"
 
 namespace {
@@ -21,12 +22,12 @@ void check(bool right, const char* what, long long number = 0) {
 
 Device h100() {
   Device d;
-  d.shared = 227 << 10, d.multiprocessors = 132, d.clusters = true;
+  d.shared = 227 << 10, d.multiprocessors = 132, d.clusters = true, d.l2 = 50 << 20;
   return d;
 }
 Device a100() {
   Device d;
-  d.shared = 163 << 10, d.multiprocessors = 108;
+  d.shared = 163 << 10, d.multiprocessors = 108, d.l2 = 40 << 20;
   return d;
 }
 const Problem paper[] = {{16, 32, 4, 4, 56 * 56}, {16, 32, 8, 4, 28 * 28}, {16, 32, 16, 4, 14 * 14}, {16, 32, 32, 8, 7 * 7}};
@@ -56,11 +57,26 @@ struct Recorder {
   template <class K>
   void launch(const typename K::Args& args, int cluster = 1) {
     ++launches;
-    grid = grid_of<K>(device, args, cluster);
+    note<K>(grid_of<K>(device, args, cluster));
+    check(grid.units >= grid.blocks && !grid.together, "units", grid.units);
+  }
+  template <class K>
+  void launch_together(const typename K::Args& args) {
+    ++launches;
+    note<K>(grid_together<K>(device, args));
+    check(grid.units == grid.blocks && grid.together, "a unit for each block", grid.units);
+    // registers: K::resident of a multiprocessor; shared memory: of which each block takes 1 KiB more
+    const int64_t of_each = quotient_up(grid.blocks, device.multiprocessors);
+    check(of_each <= K::resident && of_each * (grid.shared + 1024) <= device.shared + 1024, "blocks that are there at once", grid.blocks);
+  }
+  template <class K>
+  void note(const Grid& of) {
+    grid = of;
+    const int cluster = grid.cluster;
     if (print) print_row(typeid(K).name());
     check(grid.shared <= device.shared, "shared memory of a block", grid.shared);
     check(grid.blocks > 0 && grid.blocks <= int64_t(1) << 30 && grid.blocks % cluster == 0, "blocks", grid.blocks);
-    check(grid.units >= grid.blocks && grid.units % cluster == 0, "units", grid.units);
+    check(grid.units % cluster == 0, "units", grid.units);
     check(grid.threads % warp_size == 0 && grid.threads <= 1024, "threads", grid.threads);
   }
   void zero(void*, int64_t) {}
@@ -85,14 +101,15 @@ void check_plans(const Device& device) {
       Recorder recorder{device};
       char unused = 0;
       const MiddleForward<T> training = forward<T>(pr, last, Norm::batch, true, true, Edges::dynamic_edges);
-      check(MiddleForwardLaunch<T>(training).run(recorder, &unused).ok() && recorder.launches == 4, "a training step's forward: 4 launches",
-            recorder.launches);
+      const int64_t l2 = sizeof(acc_t<T>) == 4 ? device.l2 : 0, bytes = map_bytes(pr, sizeof(T));
+      check(MiddleForwardLaunch<T>(training).run(recorder, &unused).ok() && recorder.launches == (l2 >= 2 * bytes ? 1 : 4),
+            "a training step's forward: 4 launches, or 1", recorder.launches);
       MiddleBackward<T> backward{};
       backward.problem = pr, backward.options = training.options, backward.y = training.y;
       backward.grad_out = training.y, backward.dy = training.out;
       recorder.launches = 0;
-      check(MiddleBackwardLaunch<T>(backward).run(recorder, &unused).ok() && recorder.launches == 5, "backward: 5 launches",
-            recorder.launches);
+      check(MiddleBackwardLaunch<T>(backward).run(recorder, &unused).ok() && recorder.launches == (l2 >= 3 * bytes ? 2 : 5),
+            "backward: 5 launches, or 2", recorder.launches);
       Carver carve{nullptr};
       MiddleForwardLaunch<T>(training).workspace(carve);
       check(carve.used >= 8 * pr.N * (pr.channels() + 2 * pr.pt), "forward workspace", carve.used);
@@ -107,6 +124,7 @@ void check_evaluation() {
   for (const bool last : {false, true})
     for (const Problem& pr : paper) {
       Recorder on_h100{h100()}, on_a100{a100()};
+      on_a100.device.l2 = 0;  // as for maps that are larger
       const MiddleForward<float> f = forward<float>(pr, last, Norm::given, false, false, Edges::dynamic_edges);
       check(MiddleForwardLaunch<float>(f).run(on_h100, &unused).ok() && on_h100.launches == 1, "one launch on sm_90", pr.S);
       check(on_h100.grid.cluster == 8, "a cluster of 8 for float", on_h100.grid.cluster);
@@ -119,18 +137,23 @@ void check_evaluation() {
       check(MiddleForwardLaunch<bf16>(apart).run(on_a100, &unused).ok() && on_a100.launches == 1, "without messages one launch anywhere",
             pr.S);
     }
-  // an image alone is divided as in a batch
-  for (const Problem& pr : paper) {
-    Problem one = pr;
-    one.N = 1;
-    MiddleEvaluate<float>::Args a, b;
-    check(
-        MiddleForwardLaunch<float>(forward<float>(pr, true, Norm::given, false, false, Edges::dynamic_edges)).plan_evaluation(h100(), a) &&
-            MiddleForwardLaunch<float>(forward<float>(one, true, Norm::given, false, false, Edges::dynamic_edges))
-                .plan_evaluation(h100(), b) &&
-            a.cluster == b.cluster && a.sample.concepts == b.sample.concepts && a.sample.block == b.sample.block,
-        "evaluation doesn't know of N");
-  }
+  // Of an image alone every concept has a block, and sums go in the order of a batch's.
+  for (const bool last : {false, true})
+    for (const Device& device : {h100(), a100()})
+      for (const Edges edges : {Edges::none, Edges::static_edges})
+        for (const Problem& pr : paper) {
+          Problem one = pr;
+          one.N = 1;
+          Recorder recorder{device};
+          const MiddleForward<bf16> f = forward<bf16>(one, last, Norm::given, false, false, edges);
+          check(MiddleForwardLaunch<bf16>(f).run(recorder, &unused).ok() && recorder.launches == 1 && recorder.grid.blocks == pr.C,
+                "a block for each concept of one image", recorder.grid.blocks);
+          check(recorder.grid.together == (edges != Edges::none), "blocks wait for each other where there are messages");
+          MiddleEvaluate<bf16>::Args many, few;
+          if (!MiddleForwardLaunch<bf16>(forward<bf16>(pr, last, Norm::given, false, false, edges)).plan_evaluation(device, many)) continue;
+          check(MiddleForwardLaunch<bf16>(f).plan_evaluation(device, few) && many.sample.block == few.sample.block,
+                "evaluation's order of sums doesn't know of N");
+        }
 }
 
 void check_limits() {
@@ -156,6 +179,16 @@ void check_limits() {
     check(tile_row<float>(positions) >= positions + 3 && tile_row<float>(positions) % 4 == 0, "room for a shift", positions);
   check(images_per_group(1, 64) == 1 && images_per_group(64, 64) == 1 && images_per_group(65, 64) == 2 && images_per_group(0, 64) == 1,
         "groups");
+}
+
+void check_convert() {
+  Conversion list[3]{};
+  list[0].count = 5, list[1].count = 0, list[2].count = (int64_t(1) << 32) + 1;
+  Recorder recorder{h100()};
+  check(ConvertLaunch(list, 3).run(recorder).ok() && recorder.launches == 1, "conversions in one launch", recorder.launches);
+  check(recorder.grid.units == 1 + (int64_t(1) << 22) + 1, "a unit for every 1024 numbers", recorder.grid.units);
+  recorder.launches = 0;
+  check(ConvertLaunch(list + 1, 1).run(recorder).ok() && recorder.launches == 0, "nothing to convert, nothing is launched");
 }
 
 template <class T>
@@ -185,13 +218,16 @@ int main(int count, char** arguments) {
     print_launches<bf16>("bf16");
     return 0;
   }
-  for (const Device& device : {h100(), a100()}) {
+  Device apart = h100();
+  apart.l2 = 0;
+  for (const Device& device : {h100(), a100(), apart}) {
     check_plans<float>(device);
     check_plans<double>(device);
     check_plans<bf16>(device);
   }
   check_evaluation();
   check_limits();
+  check_convert();
   std::printf("  launch arithmetic %d checks, %d failures\n", checks, failures);
   return failures != 0;
 }

@@ -52,6 +52,16 @@ void cluster_sum(const HostThread& t, const float* in, float* out) {
   t.cluster_sync();
   out[t.block() * t.count() + t.index()] = sum;
 }
+// Block b begins with its own number and takes its neighbour's, b + 1's, round by round.
+constexpr int rounds = 3;
+void pass_on(const HostThread& t, int* even, int* odd) {
+  const int64_t b = t.block(), next = (b + 1) % t.blocks();
+  if (t.index() == 0) even[b] = int(b);
+  for (int i = 0; i < rounds; ++i) {
+    t.grid_sync();
+    if (t.index() == t.count() - 1) (i % 2 ? even : odd)[b] = (i % 2 ? odd : even)[next];
+  }
+}
 // out[i] = the number of set bits of the warp's ballot, plus lane 3's index, plus what the next lane wrote.
 void warp_work(const HostThread& t, int* out, Seeded seeded) {
   int* written = reinterpret_cast<int*>(t.shared());
@@ -108,6 +118,14 @@ bool cluster_is_right(const simt::Settings& settings) {
   }
   return true;
 }
+bool grid_is_right(const simt::Settings& settings) {
+  constexpr int blocks = 5;
+  std::vector<int> even(blocks, -1), odd(blocks, -1);
+  simt::launch(blocks, threads, 0, 1, settings, [&] { pass_on({}, even.data(), odd.data()); }, simt::Grid::together);
+  for (int b = 0; b < blocks; ++b)
+    if (odd[size_t(b)] != (b + rounds) % blocks) return false;
+  return true;
+}
 bool warps_are_right(const simt::Settings& settings, Seeded seeded) {
   std::vector<int> out(threads);
   simt::launch(1, threads, threads * sizeof(int), 1, settings, [&] { warp_work({}, out.data(), seeded); });
@@ -148,6 +166,8 @@ int run_fault(const std::string& name) {
     return must_be_wrong("no block barrier", [](const simt::Settings& s) { return rows_are_right(without(s, Fault::sync), Seeded::none); });
   if (name == "cluster_sync")
     return must_be_wrong("no cluster barrier", [](const simt::Settings& s) { return cluster_is_right(without(s, Fault::cluster_sync)); });
+  if (name == "grid_sync")
+    return must_be_wrong("no grid barrier", [](const simt::Settings& s) { return grid_is_right(without(s, Fault::grid_sync)); });
   if (name == "index") return must_be_wrong("an index off by one", rows_with(Seeded::index));
   if (name == "tail") return must_be_wrong("no tail mask", rows_with(Seeded::tail));
   if (name == "stride")
@@ -176,6 +196,8 @@ int run_fault(const std::string& name) {
       else
         t.cluster_sync();
     });
+  else if (name == "grid")  // blocks that aren't all there at once
+    simt::launch(2, threads, 0, 1, {}, [] { HostThread().grid_sync(); });
   else if (name == "blocks")  // a sum over blocks that nothing orders
     simt::launch(2, threads, 0, 1, {}, [&] {
       const HostThread t;
@@ -194,11 +216,11 @@ int main(int count, char** arguments) {
   int checks = 0;
   for (const simt::Settings& settings : all_settings()) {
     if (!rows_are_right(settings, Seeded::none) || !transpose_is_right(settings, Seeded::none) || !cluster_is_right(settings) ||
-        !warps_are_right(settings, Seeded::none)) {
+        !grid_is_right(settings) || !warps_are_right(settings, Seeded::none)) {
       std::printf("FAILED: the layer computes wrong values in order %d, %d\n", int(settings.threads), int(settings.blocks));
       return 1;
     }
-    checks += 4;
+    checks += 5;
   }
   std::printf("  layer             %d checks passed\n", checks);
   return 0;

@@ -90,10 +90,11 @@ stopped() {
 
 mode_plain() {
   build_and_run cuda-plain -O2 -fPIC -- --every "${EVERY:-4}"
-  for fault in sync cluster_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
+  for fault in sync cluster_sync grid_sync tail stride; do stopped cuda-plain "$fault" 'wrong values'; done
   for fault in index guard; do stopped cuda-plain "$fault" 'outside its shared memory'; done
   stopped cuda-plain divergent 'different barriers'
   stopped cuda-plain deadlock 'wait for ever'
+  stopped cuda-plain grid "aren't there at once"
 }
 mode_asan() {
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
@@ -104,7 +105,7 @@ mode_asan() {
 mode_tsan() {
   export TSAN_OPTIONS=halt_on_error=1:${TSAN_OPTIONS:-}
   build_and_run cuda-tsan -O1 -g1 -fsanitize=thread -- --every "${EVERY:-20}" --small 1200
-  for fault in sync cluster_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
+  for fault in sync cluster_sync grid_sync warp blocks; do stopped cuda-tsan "$fault" 'WARNING: ThreadSanitizer: data race'; done
 }
 
 mode_library() {

@@ -102,8 +102,9 @@ struct Scheduler {
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
-  std::vector<Block*> cluster;
-  Barrier cluster_barrier;
+  std::vector<Block*> at_once;  // a cluster, or the grid
+  Barrier cluster_barrier, grid_barrier;
+  Grid grid = Grid::apart;
   Fault fault = Fault::none;
   Fiber* running = nullptr;
   int threads = 0;
@@ -250,18 +251,20 @@ void check_guards(const Block& block) {
       fail("block " + std::to_string(block.index) + " wrote outside its shared memory");
 }
 
-void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937_64& random, std::vector<std::unique_ptr<Block>>& kept) {
-  self.cluster.clear();
-  self.cluster_barrier = {};
-  self.cluster_barrier.expect(self.threads * size);
+void run_at_once(int64_t first, int size, const Settings& settings, std::mt19937_64& random, std::vector<std::unique_ptr<Block>>& kept) {
+  self.at_once.clear();
+  for (Barrier* barrier : {&self.cluster_barrier, &self.grid_barrier}) {
+    *barrier = {};
+    barrier->expect(self.threads * size);
+  }
   self.ready.clear();
   self.ready.reserve(size_t(self.threads * size));
   for (int rank = 0; rank < size; ++rank) {
     kept.push_back(make_block(first + rank, rank));
-    self.cluster.push_back(kept.back().get());
+    self.at_once.push_back(kept.back().get());
     for (int i = 0; i < self.threads; ++i) {
       Fiber* f = self.fibers[size_t(rank * self.threads + i)].get();
-      f->block = self.cluster.back(), f->index = i, f->turn = 0, f->done = false;
+      f->block = self.at_once.back(), f->index = i, f->turn = 0, f->done = false;
       prepare(f, entry);
       self.ready.push_back(f);
     }
@@ -271,8 +274,9 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
   batch.reserve(self.ready.capacity());
   for (int alive = self.threads * size; alive > 0;) {
     if (self.ready.empty()) {
-      const Block& block = *self.cluster[0];
-      std::string where = "a block barrier at " + place(block.barrier) + ", a cluster barrier at " + place(self.cluster_barrier);
+      const Block& block = *self.at_once[0];
+      std::string where = "a block barrier at " + place(block.barrier) + ", a cluster barrier at " + place(self.cluster_barrier) +
+                          ", the grid's at " + place(self.grid_barrier);
       for (const Barrier& b : block.warps)
         if (!b.waiting.empty()) where += ", a warp's at " + place(b);
       fail(std::to_string(alive) + " threads wait for ever: " + where);
@@ -294,10 +298,11 @@ void run_cluster(int64_t first, int size, const Settings& settings, std::mt19937
       left(f->block->barrier);
       left(f->warp());
       left(self.cluster_barrier);
+      left(self.grid_barrier);
     }
     batch.clear();
   }
-  for (const Block* block : self.cluster) check_guards(*block);
+  for (const Block* block : self.at_once) check_guards(*block);
   self.running = nullptr;
 }
 
@@ -309,17 +314,19 @@ void fail(const std::string& why) {
   std::_Exit(exit_status);  // exit() would hang in a fiber
 }
 
-void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body) {
+void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body,
+            Grid grid) {
   if (blocks <= 0 || threads <= 0 || threads % warp_size != 0 || threads > 1024 || cluster < 1 || cluster > 8 || blocks % cluster != 0 ||
-      shared < 0)
+      shared < 0 || (grid == Grid::together && (cluster != 1 || blocks > 1024)))
     fail("a launch of " + std::to_string(blocks) + " blocks in clusters of " + std::to_string(cluster) + ", " + std::to_string(threads) +
          " threads, " + std::to_string(shared) + " bytes");
   self.fault = settings.fault;
-  self.body = &body, self.threads = threads, self.blocks = blocks, self.shared = shared;
+  self.body = &body, self.threads = threads, self.blocks = blocks, self.shared = shared, self.grid = grid;
+  const int64_t at_once = grid == Grid::together ? blocks : cluster;
 #if defined(SIMT_TSAN)
   self.sanitizer = __tsan_get_current_fiber();
 #endif
-  while (self.fibers.size() < size_t(threads) * size_t(cluster)) {
+  while (self.fibers.size() < size_t(threads) * size_t(at_once)) {
     std::unique_ptr<Fiber> f(new Fiber);
     f->stack = static_cast<unsigned char*>(std::aligned_alloc(64, stack_bytes));
 #if defined(SIMT_TSAN)
@@ -328,14 +335,14 @@ void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Sett
     self.fibers.push_back(std::move(f));
   }
   std::mt19937_64 random(settings.seed);
-  std::vector<int64_t> order(size_t(blocks / cluster));
+  std::vector<int64_t> order(size_t(blocks / at_once));
   for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(i);
   if (settings.blocks == Order::backward) std::reverse(order.begin(), order.end());
   if (settings.blocks == Order::shuffled) std::shuffle(order.begin(), order.end(), random);
   // Shared memory is kept to the end: reused, it would order blocks that nothing orders.
   std::vector<std::unique_ptr<Block>> kept;
   for (int64_t i : order) {
-    run_cluster(i * cluster, cluster, settings, random, kept);
+    run_at_once(i * at_once, int(at_once), settings, random, kept);
 #if !defined(SIMT_TSAN)
     kept.clear();
 #endif
@@ -348,7 +355,7 @@ int threads_of_block() { return self.threads; }
 int64_t block_index() { return self.running->block->index; }
 int64_t blocks_of_grid() { return self.blocks; }
 int rank_in_cluster() { return self.running->block->rank; }
-int blocks_of_cluster() { return int(self.cluster.size()); }
+int blocks_of_cluster() { return self.grid == Grid::together ? 1 : int(self.at_once.size()); }
 Fault fault_of_launch() { return self.fault; }
 unsigned char* shared_memory() { return self.running->block->shared(); }
 
@@ -375,13 +382,19 @@ void wait(Barrier& b, const char* file, int line) {
 }  // namespace
 void wait_for_block(const char* file, int line) { wait(self.running->block->barrier, file, line); }
 void wait_for_warp(const char* file, int line) { wait(self.running->warp(), file, line); }
-void wait_for_cluster(const char* file, int line) { wait(self.cluster_barrier, file, line); }
+void wait_for_cluster(const char* file, int line) {
+  if (self.grid == Grid::together) fail("a cluster's barrier in a grid without clusters");
+  wait(self.cluster_barrier, file, line);
+}
+void wait_for_grid(const char* file, int line) {
+  if (self.grid == Grid::apart) fail("a grid's barrier where blocks aren't there at once");
+  wait(self.grid_barrier, file, line);
+}
 
 unsigned char* peer_of(const void* shared, int rank) {
   const unsigned char *mine = self.running->block->shared(), *at = static_cast<const unsigned char*>(shared);
-  if (at < mine || at > mine + self.shared || rank < 0 || rank >= int(self.cluster.size()))
-    fail("a peer's memory that is not shared memory");
-  return self.cluster[size_t(rank)]->shared() + (at - mine);
+  if (at < mine || at > mine + self.shared || rank < 0 || rank >= blocks_of_cluster()) fail("a peer's memory that is not shared memory");
+  return self.at_once[size_t(rank)]->shared() + (at - mine);
 }
 
 void put(const void* value, size_t bytes) {

@@ -1,5 +1,6 @@
-// Kernel bodies executed on the host: the threads of a block, or of a cluster's blocks, are fibers of one system thread. Barriers,
-// reductions, ballots, cluster barriers and distributed shared memory are real; shared memory lies between guard zones and starts as NaN.
+// Kernel bodies executed on the host: the threads of a block, of a cluster's blocks, or of a whole grid that is launched together, are fibers
+// of one system thread. Barriers of warps, blocks, clusters and grids, reductions, ballots and distributed shared memory are real; shared
+// memory lies between guard zones and starts as NaN.
 // Threads run in several orders, and so do blocks. Under AddressSanitizer the guards can't be touched; under ThreadSanitizer fibers are
 // threads whose only order is what the barriers make, so that a missing one is a race, and so are two blocks that touch the same memory.
 #pragma once
@@ -12,10 +13,10 @@ namespace simt {
 
 constexpr int warp_size = 32;
 
-// Of threads that can go on. by_block: a cluster's first block runs as far as it can, then the next.
+// Of threads that can go on. by_block: the first block of those that are there at once runs as far as it can, then the next.
 enum class Order { forward, backward, shuffled, by_block };
 // A barrier that is left out, to see that it is missed.
-enum class Fault { none, sync, cluster_sync };
+enum class Fault { none, sync, cluster_sync, grid_sync };
 struct Settings {
   Order threads = Order::forward, blocks = Order::forward;
   uint64_t seed = 1;
@@ -24,8 +25,10 @@ struct Settings {
 // What the layer ends the process with when a kernel is wrong in a way that only it can see.
 constexpr int exit_status = 3;
 
-// `blocks` blocks of `threads` threads with `shared` bytes each, `cluster` adjacent blocks at once. body runs in every thread.
-void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body);
+// `blocks` blocks of `threads` threads with `shared` bytes each, `cluster` adjacent blocks at once, or all of them. body runs in every thread.
+enum class Grid { apart, together };
+void launch(int64_t blocks, int threads, int64_t shared, int cluster, const Settings& settings, const std::function<void()>& body,
+            Grid grid = Grid::apart);
 
 // For the Thread below; of the thread that calls.
 int thread_index();
@@ -40,6 +43,7 @@ unsigned char* peer_of(const void* shared, int rank);
 void wait_for_block(const char* file, int line);
 void wait_for_warp(const char* file, int line);
 void wait_for_cluster(const char* file, int line);
+void wait_for_grid(const char* file, int line);
 // A warp's exchange: every lane puts its value, then may get any lane's.
 void put(const void* value, size_t bytes);
 unsigned end_of_turn(const char* file, int line);
@@ -93,6 +97,9 @@ struct HostThread {
   int cluster_size() const { return blocks_of_cluster(); }
   void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
     if (fault_of_launch() != Fault::cluster_sync) wait_for_cluster(file, line);
+  }
+  void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    if (fault_of_launch() != Fault::grid_sync) wait_for_grid(file, line);
   }
   // The same place in the shared memory of the cluster's block `rank`.
   template <class X>

@@ -49,7 +49,7 @@ def concept_modulate(
         scale_bias, shift_bias: (C, p). scale_weight, shift_weight: (C, pt, p), or None, which leaves the bias alone.
             z's dtype or float32.
         attention: (N, C, *spatial) for pixel modulation, z's dtype or float32; None for channel modulation.
-        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton", "cuda" or "composite"; None is "auto".
     Returns:
         z's shape, dtype and memory format.
     Raises:

@@ -57,7 +57,7 @@ def concept_reason(
         edge: (pt, C) for "dynamic", (C, C) for "static", None for "none"; h's dtype or float32.
         mean, var: (pt) statistics to normalise with; None: those of the batch.
         weight, bias: (pt), batch norm's own; None: 1 and 0.
-        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton", "cuda" or "composite"; None is "auto".
     Returns:
         (state, mean, var): float32 (float64 for float64); the statistics that were given, or the batch's with Bessel's
         correction, as ``running_var`` takes it. No gradient flows into or out of the statistics.

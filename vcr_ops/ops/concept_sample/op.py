@@ -91,7 +91,7 @@ def concept_sample(
         value: (C, p, pt). query, key: (C, p, pt), for "dynamic". logit: (C, p), for "static". z's dtype or float32.
         sampler: "dynamic", "static" or "pool".
         return_attention: also return a. Not with "pool".
-        backend: "auto", "cpp", "triton" or "composite"; None is "auto".
+        backend: "auto", "cpp", "triton", "cuda" or "composite"; None is "auto".
     Returns:
         h (N, C, pt), or (h, a) with a (N, C, *spatial), contiguous; both float32 (float64 for float64).
     Raises:

@@ -77,8 +77,8 @@ def visual_concept_reasoning(
         norm_weight, norm_bias: (C*p) or None (1 and 0). value, query, key: (C, p, pt). logit: (C, p).
         edge: (pt, C) or (C, C). state_mean, state_var: (pt), None: the batch's. state_weight, state_bias: (pt) or None.
         scale_weight, shift_weight: (C, pt, p) or None. scale_bias, shift_bias: (C, p). All in y's dtype or float32.
-        sampler, edges, modulation: as in the single ops. backend: "auto", "cpp", "triton" or
-            "composite"; None is "auto".
+        sampler, edges, modulation: as in the single ops. backend: "auto", "cpp", "triton", "cuda"
+            or "composite"; None is "auto".
     Returns:
         (out, norm_mean, norm_var, state_mean, state_var): out in y's shape, dtype and format; the statistics that were
         given, or the batch's with Bessel's correction in float32 (float64 for float64); norm_* are None for "none".

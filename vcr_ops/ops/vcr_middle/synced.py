@@ -6,6 +6,8 @@ small gradients | exchange the two sums of each channel | input gradient (2R 1W)
 synchronised, in either direction. Gradients of parameters are this process's own, as nn.SyncBatchNorm's.
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -21,8 +23,20 @@ from . import composite
 
 
 def can_sync(backend: str | None, y: Tensor) -> bool:
-    """True where the backend that runs on y has synchronised statistics of its own; Triton has none yet."""
-    return resolve(backend, case_of(y)).name != "triton"
+    """True where the backend that runs on y has synchronised statistics of its own; CUDA C++ has none."""
+    return has_steps(resolve(backend, case_of(y)).name)
+
+
+def has_steps(backend: str) -> bool:
+    """True where a backend's middle can be run in steps."""
+    return backend != "cuda"
+
+
+def _steps(backend: str, y: Tensor) -> Any:
+    """What has the steps as functions: the ops; for Triton's interpreter, whose tensors are on the CPU, a module."""
+    if backend == "triton" and y.device.type == "cpu":
+        return importlib.import_module(".triton_steps", __package__)
+    return torch.ops.vcr_ops
 
 
 def vcr_middle_synced(
@@ -44,14 +58,14 @@ def vcr_middle_synced(
         return composite.vcr_middle(*arguments, norm_group=norm_group, state_group=state_group)
     if map_format(y) == "strided":
         arguments = (y.contiguous(), *arguments[1:])  # one copy for all passes
-    out, *statistics = _Synced.apply(norm_group, state_group, *arguments)
+    out, *statistics = _Synced.apply(name, norm_group, state_group, *arguments)
     return out, *(None if x is None else x.to(acc) for x in statistics)
 
 
 class _Synced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, norm_group: Group | None, state_group: Group | None, *arguments: Any) -> Any:
-        ops = torch.ops.vcr_ops
+    def forward(ctx: Any, name: str, norm_group: Group | None, state_group: Group | None, *arguments: Any) -> Any:
+        ops = _steps(name, arguments[0])
         y, norm_mean, norm_var = arguments[:3]
         learned = (*arguments[3:10], *arguments[12:18])
         state_mean, state_var = arguments[10:12]
@@ -73,7 +87,7 @@ class _Synced(torch.autograd.Function):
         variant = (norm, sampler, edges, modulation)
         out, late = ops.vcr_middle_modulate(y, *learned, saved, state_norm, *variant)
         ctx.save_for_backward(y, *learned, saved, late, state_norm, norm_count, state_count)
-        ctx.groups, ctx.variant = (norm_group, state_group), variant
+        ctx.groups, ctx.variant, ctx.backend = (norm_group, state_group), variant, name
         statistics = [
             x for found in (norm_found, state_found) for x in ((None, None) if found is None else _reported(found))
         ]
@@ -82,9 +96,9 @@ class _Synced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ops = torch.ops.vcr_ops
         y, *learned, saved, late, state_norm, norm_count, state_count = ctx.saved_tensors
         (norm_group, state_group), variant, kept = ctx.groups, ctx.variant, (saved, late)
+        ops = _steps(ctx.backend, y)
         summed, state_sums, dscale_weight, dshift_weight, dscale_bias, dshift_bias = ops.vcr_middle_backward_sums(
             grads[0], y, *learned, *kept, state_norm, *variant
         )
@@ -100,7 +114,7 @@ class _Synced(torch.autograd.Function):
         dy = ops.vcr_middle_backward_input(grads[0], y, *learned, *kept, summed, attended, norm_shares, *variant)
         norm_weight, norm_bias, _, query, key, logit, edge, weight, bias, scale_weight, shift_weight, _, _ = learned
         return (
-            *(None, None, dy, None, None),
+            *(None, None, None, dy, None, None),
             None if norm_weight is None else dnorm_weight,
             None if norm_bias is None else dnorm_bias,
             dvalue,
@@ -123,7 +137,8 @@ def _reported(found: Any) -> tuple[Tensor, Tensor]:
     return found.mean, found.unbiased()
 
 
-# What compilers need to know of the ops.
+# What compilers need to know of the ops. Between the steps each backend keeps what it needs: the C++ kernels on CPU
+# tensors, Triton's on a GPU's (triton_steps.py).
 
 
 def _sizes(y: Tensor, value: Tensor) -> tuple[Any, Any, Any, Any, Any]:
@@ -146,6 +161,8 @@ def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
     channels = concepts * p
     size = 3 * channels + 3 * n * channels + 3 * n * concepts * pt + 3 * n * concepts
     size += n * channels * pt + n * concepts * concepts + 2 * pt
+    if y.device.type == "cuda":
+        size += _late_size(n, concepts, p, pt)
     return y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
 
 
@@ -153,6 +170,8 @@ def _fake_modulate(*arguments: Any) -> tuple[Tensor, ...]:
     check_devices("vcr_middle_modulate", *arguments[:16])
     y = arguments[0]
     n, concepts, p, pt, acc = _sizes(y, arguments[3])
+    if y.device.type == "cuda":
+        return empty_map_like(y), torch.empty_like(arguments[14])
     return empty_map_like(y), y.new_empty((_late_size(n, concepts, p, pt),), dtype=acc)
 
 
@@ -162,6 +181,9 @@ def _fake_sums(*arguments: Any) -> tuple[Tensor, ...]:
     n, concepts, p, pt, acc = _sizes(y, learned[2])
     channels = concepts * p
     size = 5 * n * channels + n * concepts + n * concepts * pt + 2 * channels
+    if y.device.type == "cuda":
+        maps, more = (6, 3) if arguments[-1] == "pixel" else (2, 0)
+        size = n * (maps * channels + more * concepts) + n * concepts * (pt + 1)
     sums = y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
     return *sums, *(like_parameter(w, y) for w in learned[9:])
 
@@ -187,6 +209,13 @@ def _unfit(ctx: Any, *grads: Any) -> None:
     )
 
 
+_TRITON = torch.library.Library("vcr_ops", "IMPL")
+
+
+def _on_triton(step: str, *arguments: Any) -> Any:
+    return getattr(importlib.import_module(".triton_steps", __package__), step)(*arguments)
+
+
 @on_load
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
@@ -196,3 +225,4 @@ def _register() -> None:
         torch.library.register_fake(f"vcr_ops::{step}", fake)
         torch.library.register_autograd(f"vcr_ops::{step}", _unfit)
         register_flop_formula(getattr(torch.ops.vcr_ops, step))(getattr(flops, step))
+        _TRITON.impl(step, functools.partial(_on_triton, step), "CUDA")

@@ -1,0 +1,329 @@
+"""The steps of a synchronised middle (``synced.py``) on Triton: the launches of ``triton.py`` one by one, so that the
+processes can tell each other in between what they found.
+
+``saved`` is what the whole op keeps; ``late`` is a copy of it that ``vcr_middle_modulate`` completes. Where the kernels
+expect the sums of their own batch, they get one row that stands for everybody's. Maps that fit no tile are read once
+more than in the whole op, for their images' means.
+"""
+
+import torch
+from torch import Tensor
+
+from ...maps import acc_dtype, empty_map_like, positions
+from ...triton_common.sizes import Sizes, cdiv, sizes_of
+from ..dispatch import like_parameter
+from .triton import (
+    Attended,
+    Stats,
+    channel_statistics,
+    gradient_numbers,
+    input_gradient,
+    merged_numbers,
+    modulate,
+    reason,
+    sample,
+    sampling_of,
+    saved_size,
+    small_gradients,
+    state_norm_gradient,
+    state_rows,
+    sums_of,
+)
+
+
+def _moments(parts: Tensor, counts: Tensor) -> Tensor:
+    """(2, k): mean and centred sum of squares of rows of them (rows, 2, k), of so many values each (rows)."""
+    means, squares = parts.unbind(1)
+    counts = counts.double().unsqueeze(1)
+    mean = (means * counts).sum(0) / counts.sum().clamp_min(1)
+    return torch.stack((mean, (squares + counts * (means - mean).square()).sum(0)))
+
+
+def vcr_middle_stats(y: Tensor, concepts: int) -> Tensor:
+    """Mean and centred sum of squares of every channel, (2, C*p) float64; 1R."""
+    channels = y.shape[1]
+    if y.shape[0] == 0:
+        return y.new_zeros((2, channels), dtype=torch.float64)
+    size = sizes_of(y, (concepts, channels // concepts, 1))
+    stats = channel_statistics(y, size)
+    assert stats.partial is not None
+    row = torch.arange(stats.rows, device=y.device)
+    if stats.splits == 1:
+        counts = (size.N - row * stats.per_group).clamp(0, stats.per_group) * size.S
+    else:  # whole tiles: see split_range
+        tile = size.config("channel_stats")["BS"]
+        length = cdiv(cdiv(size.S, tile), stats.splits) * tile
+        counts = (size.S - row % stats.splits * length).clamp(0, length)
+    return _moments(stats.partial.view(stats.rows, 2, channels), counts)
+
+
+def vcr_middle_states(
+    y: Tensor,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    edge: Tensor | None,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    norm: str,
+    norm_eps: float,
+    sampler: str,
+    edges: str,
+    modulation: str,
+) -> tuple[Tensor, Tensor]:
+    """(saved, moments of G's columns (2, pt) float64); 1R, or 2R."""
+    size = sizes_of(y, value.shape)
+    saved = y.new_empty((saved_size(*size[:4], True),), dtype=acc_dtype(y.dtype))
+    if size.N == 0:
+        return saved.zero_(), y.new_zeros((2, size.pt), dtype=torch.float64)
+    sampling = sampling_of(y, size, norm, sampler, True)
+    stats = channel_statistics(y, size) if sampling.needs_means else Stats(None, None, 0, 1, 1)
+    given = (norm_mean, norm_var, norm_weight, norm_bias)
+    weights = (value, query, key, logit)
+    sample(y, size, sampling, stats, *given, *weights, saved, None, None, norm, norm_eps, sampler, True)
+    parts = reason(y, size, sampling, value, norm_bias, edge, saved, norm, sampler, edges, True)
+    rows, per_row = state_rows(size)
+    images = (size.N - torch.arange(rows, device=y.device) * per_row).clamp_max(per_row)
+    return saved, _moments(parts.view(rows, 2, size.pt), images * size.C)
+
+
+def vcr_middle_modulate(
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    edge: Tensor | None,
+    state_weight: Tensor | None,
+    state_bias: Tensor | None,
+    scale_weight: Tensor | None,
+    shift_weight: Tensor | None,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    saved: Tensor,
+    state_norm: Tensor,
+    norm: str,
+    sampler: str,
+    edges: str,
+    modulation: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, late); 1R + 1W. state_norm (2, pt) float64: mean and 1 / sqrt(var + eps)."""
+    size = sizes_of(y, value.shape)
+    out, late = empty_map_like(y), saved.clone()
+    if size.N > 0:
+        mean, rstd = state_norm
+        states = (mean, rstd.pow(-2), state_weight, state_bias)
+        projections = (scale_weight, shift_weight, scale_bias, shift_bias)
+        parts = y.new_empty((0,), dtype=torch.float64)  # G is there; its statistics are given
+        modulate(
+            y,
+            out,
+            size,
+            norm_bias,
+            edge,
+            *states,
+            *projections,
+            late,
+            parts,
+            None,
+            None,
+            norm,
+            0.0,
+            edges,
+            modulation,
+            True,
+        )
+    return out, late
+
+
+def _summed(size: Sizes, summed: Tensor, modulation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(merged, dstate, first) in ``summed``; the last are int32."""
+    states, concepts = size.N * size.C * size.pt, size.N * size.C
+    merged, dstate, first = summed.split((merged_numbers(size, modulation), states, concepts))
+    return merged, dstate, first.view(torch.int32).narrow(0, 0, concepts)
+
+
+def summed_numbers(size: Sizes, modulation: str) -> int:
+    """Numbers of the first result of ``vcr_middle_backward_sums``."""
+    return merged_numbers(size, modulation) + size.N * size.C * (size.pt + 1)
+
+
+def vcr_middle_backward_sums(
+    grad_out: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    edge: Tensor | None,
+    state_weight: Tensor | None,
+    state_bias: Tensor | None,
+    scale_weight: Tensor | None,
+    shift_weight: Tensor | None,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    saved: Tensor,
+    late: Tensor,
+    state_norm: Tensor,
+    norm: str,
+    sampler: str,
+    edges: str,
+    modulation: str,
+) -> tuple[Tensor, ...]:
+    """(summed, the two sums of the states' norm (2, pt) float64, gradients of the modulator's four parameters); 2R."""
+    size = sizes_of(y, value.shape)
+    N, C, p, pt, _ = size[:5]
+    learned = (scale_weight, shift_weight, scale_bias, shift_bias)
+    summed = late.new_empty((summed_numbers(size, modulation),))
+    if N == 0:
+        zeros = (like_parameter(w, y).zero_() for w in learned)
+        return summed, y.new_zeros((2, pt), dtype=torch.float64), *zeros
+    merged, dstate, first = _summed(size, summed, modulation)
+    sums = sums_of(grad_out, y, size, norm_bias, *learned, late, norm, modulation, merged, first, dstate)
+    means, dstates, products = sums.dstate_parts.view(N, 3, pt).unbind(1)
+    mean, rstd = state_norm
+    dbias = dstates.sum(0)
+    state_sums = torch.stack((dbias, (products.sum(0) - mean * dbias) * rstd))
+    # of the modulator's parameters: z = s yhat + b
+    maps = 4 if modulation == "pixel" else 2
+    E0, E1, *F = merged.narrow(0, 0, maps * N * C * p).view(maps, N, C, p).unbind(0)
+    F0, F1 = F or (E0, E1)
+    s, b = _norm_of(size, late, norm, norm_bias)
+    channels, states = C * p, N * C * pt
+    state = late.narrow(0, (3 + 5 * N) * channels + 3 * states, states).view(N, C, pt)
+    gradients = (
+        None if scale_weight is None else torch.einsum("nck,ncj->ckj", state, s * F1 + b * F0),
+        None if shift_weight is None else torch.einsum("nck,ncj->ckj", state, F0),
+        (s * E1 + b * E0).sum(0),
+        E0.sum(0),
+    )
+    return summed, state_sums, *(_as(g, w, y) for g, w in zip(gradients, learned, strict=True))
+
+
+def _as(gradient: Tensor | None, parameter: Tensor | None, y: Tensor) -> Tensor:
+    """In the parameter's type; nothing of a parameter that isn't there."""
+    if gradient is None or parameter is None:
+        return like_parameter(parameter, y)
+    return gradient.reshape(parameter.shape).to(parameter.dtype)
+
+
+def _norm_of(size: Sizes, saved: Tensor, norm: str, norm_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """s and b of z = s yhat + b, (C, p), or each image's own; see norm_view."""
+    shape, channels = (size.C, size.p), size.C * size.p
+    if norm == "none":
+        return saved.new_ones(shape), saved.narrow(0, 3 * channels, size.N * channels).view(size.N, *shape)
+    b = saved.new_zeros(shape) if norm_bias is None else norm_bias.to(saved.dtype).view(shape)
+    return saved.narrow(0, 2 * channels, channels).view(shape), b
+
+
+def vcr_middle_backward_states(
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    edge: Tensor | None,
+    state_weight: Tensor | None,
+    state_bias: Tensor | None,
+    scale_weight: Tensor | None,
+    shift_weight: Tensor | None,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    saved: Tensor,
+    late: Tensor,
+    state_norm: Tensor,
+    summed: Tensor,
+    state_shares: Tensor,
+    norm: str,
+    sampler: str,
+    edges: str,
+    modulation: str,
+) -> tuple[Tensor, ...]:
+    """(attended, the norm's two sums (2, C*p), dnorm_weight, dnorm_bias, dvalue, dquery, dkey, dlogit, dedge).
+
+    state_shares: everybody's sums of the states' norm over their number.
+    """
+    size = sizes_of(y, value.shape)
+    N, C, p, pt, _ = size[:5]
+    channels = C * p
+    learned = (norm_weight, norm_bias, value, query, key, logit, edge)
+    attended = late.new_empty((2 * N * channels + N * C,))
+    if N == 0:
+        return attended, late.new_zeros((2, channels)), *(like_parameter(w, y).zero_() for w in learned)
+    merged, dstate, _ = _summed(size, summed, modulation)
+    mean, rstd = state_norm
+    sum0, sum1 = state_shares * (N * C)
+    row = torch.stack((mean * N, sum0, sum1 / rstd + mean * sum0))
+    parts = torch.cat((row.view(-1), row.new_zeros(3 * (N - 1) * pt)))
+    high = rstd.to(late.dtype)
+    norm_from = torch.cat((high, (rstd - high.double()).to(late.dtype)))
+    dg = state_norm_gradient(size, dstate, parts, state_weight, late, norm_from, None, None, True)
+    to = Attended(*attended.split((N * channels, N * channels, N * C)))
+    given = scale_weight is not None, shift_weight is not None
+    variant = (norm, sampler, edges, modulation)
+    weights = (value, query, key, edge, scale_bias)
+    partial, groups = small_gradients(size, norm_bias, *weights, late, merged, dg, to, *variant, *given)
+    sums = partial.view(groups, -1).sum(0)
+    weight = channels * pt
+    edge_numbers = gradient_numbers(size, edges) - 5 * (weight + channels)
+    numbers = sums.split([*[weight] * 5, *[channels] * 5, edge_numbers])
+    dvalue, dquery, dkey, _, _, dlogit, _, _, ds, db, dedge = numbers
+    gradients = (ds * late.narrow(0, channels, channels), db, dvalue, dquery, dkey, dlogit, dedge)
+    return attended, torch.stack((ds, db)), *(_as(g, w, y) for g, w in zip(gradients, learned, strict=True))
+
+
+def vcr_middle_backward_input(
+    grad_out: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logit: Tensor | None,
+    edge: Tensor | None,
+    state_weight: Tensor | None,
+    state_bias: Tensor | None,
+    scale_weight: Tensor | None,
+    shift_weight: Tensor | None,
+    scale_bias: Tensor,
+    shift_bias: Tensor,
+    saved: Tensor,
+    late: Tensor,
+    summed: Tensor,
+    attended: Tensor,
+    norm_shares: Tensor | None,
+    norm: str,
+    sampler: str,
+    edges: str,
+    modulation: str,
+) -> Tensor:
+    """dy; 2R + 1W. norm_shares: everybody's sums of the norm over their number; None: its statistics are constants."""
+    size = sizes_of(y, value.shape)
+    dy = empty_map_like(y)
+    if size.N == 0:
+        return dy
+    merged, _, first = _summed(size, summed, modulation)
+    channels = size.C * size.p
+    to = Attended(*attended.split((size.N * channels, size.N * channels, size.N * size.C)))
+    partial = late.new_zeros(gradient_numbers(size, edges))
+    if norm_shares is not None:  # the last two of the vectors; see small_gradients
+        before, edge_numbers = (5 * size.pt + 3) * channels, partial.numel() - 5 * (size.pt + 1) * channels
+        sums = norm_shares.reshape(-1) * (size.N * positions(y))
+        partial = torch.cat((partial.narrow(0, 0, before), sums, partial.narrow(0, 0, edge_numbers)))
+        norm = "batch"
+    nowhere: list[Tensor | None] = [None] * 13
+    arguments = (size, norm_bias, scale_bias, shift_bias, late, merged, first, to, partial, 1, nowhere)
+    input_gradient(grad_out, y, dy, *arguments, norm, sampler, edges, modulation)
+    return dy
