@@ -31,7 +31,7 @@ STATS_ROWS = 64  # groups of images, so that a prologue can merge their statisti
 STATE_ROWS = 128  # groups of images whose states' statistics every program of the last pass merges
 STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
-GRADIENT_TILE = 2048  # elements that small_gradients has of several images, beside many sums
+GRADIENT_TILE = 1024  # elements that small_gradients has of several images, beside many sums
 
 
 def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
