@@ -71,6 +71,10 @@ class Cpu {
     in_pool(kernels<T>().modulate_backward, args);
   }
   template <class T>
+  void run(NormRelu<T>& args) {
+    in_pool(kernels<T>().norm_relu, args);
+  }
+  template <class T>
   void run(MiddleStats<T>& args) {
     in_pool(kernels<T>().middle_stats, args);
   }

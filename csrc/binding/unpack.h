@@ -148,11 +148,13 @@ class MapInput {
     }
   }
   // In the format of `other`, which the result shares kernels with.
-  MapInput(const Tensor& t, const MapInput& other) : tensor_(t), shape_(t) {
-    require(shape_.N == other.shape_.N && shape_.channels == other.shape_.channels && shape_.S == other.shape_.S,
-            "grad_out's size differs from the map's");
-    require(t.scalar_type() == other.tensor_.scalar_type(), "grad_out's dtype differs from the map's");
-    require(place_of(t) == place_of(other.tensor_), "grad_out's device differs from the map's");
+  MapInput(const Tensor& t, const MapInput& other, const char* name) : tensor_(t), shape_(t) {
+    const auto same_as_map = [&](bool condition, const char* what) {
+      if (!condition) throw std::invalid_argument("vcr_ops: " + std::string(name) + "'s " + what + " differs from the map's");
+    };
+    same_as_map(shape_.N == other.shape_.N && shape_.channels == other.shape_.channels && shape_.S == other.shape_.S, "size");
+    same_as_map(t.scalar_type() == other.tensor_.scalar_type(), "dtype");
+    same_as_map(place_of(t) == place_of(other.tensor_), "device");
     const bool same = shape_.in_place && shape_.channels_last == other.shape_.channels_last;
     if (!same) {
       tensor_ = new_map(other.tensor_, other.shape_);

@@ -54,7 +54,7 @@ Backward modulate_backward(const Tensor& grad_out, const Tensor& z, const Tensor
   return Device::dispatch(z.scalar_type(), [&](auto type) -> Backward {
     using T = decltype(type);
     using A = acc_t<T>;
-    const MapInput map(z), grad(grad_out, map);
+    const MapInput map(z), grad(grad_out, map, "grad_out");
     ModulateBackward<T> f;
     f.problem = problem_of_states(map.shape(), state);
     const Problem& pr = f.problem;

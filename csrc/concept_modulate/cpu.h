@@ -94,43 +94,19 @@ VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const SampleArgs<A
   }
 }
 
-// Whether a map of this many elements is written past the caches: where the maps of a pass are larger than they are (by measurement;
-// it costs 10 % on small ones and spares up to a fourth of the traffic of large ones).
-constexpr int64_t stream_bytes = int64_t(16) << 20;
-template <class T>
-VCR_INLINE bool streams(const Problem& pr) {
-  return sizeof(T) == 4 && pr.N * pr.channels() * pr.S * int64_t(sizeof(T)) >= stream_bytes;
-}
-
 // One contiguous row of a channel.
 template <class T>
 VCR_INLINE void modulate_row(const T* y, T* out, int64_t S, acc_t<T> mu_, acc_t<T> a_, acc_t<T> b_, bool stream) {
   using A = acc_t<T>;
   const vec<A> mu = splat(mu_), a = splat(a_), b = splat(b_);
-  if (stream && can_stream(out)) {
-    int64_t i = 0;
-    for (; i + lanes<A> <= S; i += lanes<A>) store_stream(out + i, relu<A>(fma(a, load(y + i) - mu, b)));
-    if (i < S) store_partial(out + i, relu<A>(fma(a, load_partial(y + i, int(S - i)) - mu, b)), int(S - i));
-    return;
-  }
-  if (S >= lanes<A>) {
-    write_vectors(out, (S - 1) / lanes<A> * lanes<A>, [&](int64_t i, auto, int) { return relu<A>(fma(a, load(y + i) - mu, b)); });
-    const int64_t last = S - lanes<A>;  // overlaps what has been written, with the same values
-    store(out + last, relu<A>(fma(a, load(y + last) - mu, b)));
-    return;
-  }
-  store_partial(out, relu<A>(fma(a, load_partial(y, int(S)) - mu, b)), int(S));
+  write_row(out, S, stream, [&](int64_t i, auto whole, int some) { return relu<A>(fma(a, load_some<whole()>(y + i, some) - mu, b)); });
 }
 // One channels_last row of a position: channels [0, count).
 template <class T>
 VCR_INLINE void modulate_position(const T* y, T* out, int64_t count, const acc_t<T>* mu, const acc_t<T>* a, const acc_t<T>* b,
                                   bool stream) {
   using A = acc_t<T>;
-  if (stream && can_stream(out) && count % lanes<A> == 0) {
-    for (int64_t i = 0; i < count; i += lanes<A>) store_stream(out + i, relu<A>(fma(load(a + i), load(y + i) - load(mu + i), load(b + i))));
-    return;
-  }
-  write_vectors(out, count, [&](int64_t i, auto whole, int some) {
+  write_row(out, count, stream, [&](int64_t i, auto whole, int some) {
     const vec<A> x = load_some<whole()>(y + i, some) - load_some<whole()>(mu + i, some);
     return relu<A>(fma(load_some<whole()>(a + i, some), x, load_some<whole()>(b + i, some)));
   });

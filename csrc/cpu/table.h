@@ -2,6 +2,7 @@
 #pragma once
 #include "../concept_modulate/args.h"
 #include "../concept_reason/args.h"
+#include "../norm_relu/args.h"
 #include "../vcr_middle/args.h"
 
 namespace vcr {
@@ -17,6 +18,7 @@ struct Kernels {
   void (*modulate_backward)(const ModulateBackward<T>&);
   void (*reason_forward)(const ReasonForward<acc_t<T>>&);  // states are in accumulation type
   void (*reason_backward)(const ReasonBackward<acc_t<T>>&);
+  void (*norm_relu)(const NormRelu<T>&);
 };
 
 }  // namespace vcr

@@ -3,6 +3,7 @@
 #include "../concept_modulate/cpu_op.h"
 #include "../concept_reason/cpu_op.h"
 #include "../concept_sample/cpu_op_backward.h"
+#include "../norm_relu/cpu.h"
 #include "../vcr_middle/cpu_backward.h"
 #include "../vcr_middle/cpu_forward.h"
 #include "table.h"
@@ -46,6 +47,7 @@ const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE) = {
     run_general<ModulateBackwardCpu, ModulateBackward<T>>,
     reason_forward<acc_t<T>>,
     reason_backward<acc_t<T>>,
+    norm_relu<T>,
 };
 
 }  // namespace vcr

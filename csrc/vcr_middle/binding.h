@@ -121,7 +121,7 @@ Backward middle_backward(const Tensor& grad_out, const Tensor& y, const Optional
   return Device::dispatch(y.scalar_type(), [&](auto type) -> Backward {
     using T = decltype(type);
     using A = acc_t<T>;
-    const MapInput map(y), grad(grad_out, map);
+    const MapInput map(y), grad(grad_out, map, "grad_out");
     MiddleBackward<T> f;
     f.problem = problem_of(map.shape(), value);
     const Problem& pr = f.problem;

@@ -138,7 +138,7 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
   return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Sums {
     using T = decltype(type);
     using A = acc_t<T>;
-    const MapInput map(y), grad(grad_out, map);
+    const MapInput map(y), grad(grad_out, map, "grad_out");
     Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const OptionalTensor parameters[] = {scale_weight, shift_weight, scale_bias, shift_bias};
@@ -193,7 +193,7 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
   return Cpu::dispatch(y.scalar_type(), [&](auto type) -> Tensor {
     using T = decltype(type);
     using A = acc_t<T>;
-    const MapInput map(y), grad(grad_out, map);
+    const MapInput map(y), grad(grad_out, map, "grad_out");
     Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::input, map, get, VCR_LEARNED_NAMES, saved, late, nullptr, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;

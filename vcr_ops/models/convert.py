@@ -15,6 +15,7 @@ from ..modules.block import VCRBlock
 from ..modules.frozen_batch_norm import is_frozen
 from ..modules.middle import run_middle
 from ..modules.modulator import ConceptModulator
+from ..modules.norm_relu import run_drops, run_norm_relu, run_shortcut
 from ..modules.reasoner import ConceptReasoner
 from ..modules.sampler import ConceptSampler
 from ..modules.sync_batch_norm import SyncBatchNorm
@@ -53,9 +54,9 @@ class ConvertedBlock(VCRBlock):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, *spatial) to (N, outplanes, *spatial), as the block's before, with reasoning."""
         m = self._modules
-        y = before_middle(self, self.vcr_parts, x)
+        y = _before_middle(self, self.vcr_parts, x, self.backend)
         y = run_middle(y, self.part("bn2"), m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)
-        return after_middle(self, self.vcr_parts, x, y, in_place=not self.vcr_adapted)
+        return _after_middle(self, self.vcr_parts, x, y, self.backend, in_place=not self.vcr_adapted)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made where it is needed, and can't be found by its name.
@@ -90,36 +91,36 @@ def part_of(block: nn.Module, parts: Mapping[str, str | None], name: str) -> Any
 
 def _called(block: nn.Module, parts: Mapping[str, str | None], name: str, x: Tensor) -> Tensor:
     module = part_of(block, parts, name)
-    if module is not None:
-        return module(x)
-    return torch.relu(x) if name in ACTIVATIONS and name not in parts else x
+    return x if module is None else module(x)
 
 
-def before_middle(block: nn.Module, parts: Mapping[str, str | None], x: Tensor) -> Tensor:
+def _activation(block: nn.Module, parts: Mapping[str, str | None], name: str) -> Any:
+    return part_of(block, parts, name) if name in parts else torch.relu
+
+
+def _before_middle(block: nn.Module, parts: Mapping[str, str | None], x: Tensor, backend: str | None) -> Tensor:
     """x to what the grouped convolution gives."""
-    for name in ("conv1", "bn1", "act1", "conv2"):
-        x = _called(block, parts, name, x)
-    return x
+    y = _called(block, parts, "conv1", x)
+    y = run_norm_relu(y, part_of(block, parts, "bn1"), _activation(block, parts, "act1"), backend)
+    return _called(block, parts, "conv2", y)
 
 
-def after_middle(
-    block: nn.Module, parts: Mapping[str, str | None], x: Tensor, y: Tensor, *, in_place: bool = False
+def _after_middle(
+    block: nn.Module, parts: Mapping[str, str | None], x: Tensor, y: Tensor, backend: str | None, *, in_place: bool
 ) -> Tensor:
-    """x, and the middle's y, to what the block gives."""
-    for name in ("conv3", "bn3", "drop_path"):
-        y = _called(block, parts, name, y)
-    shortcut = _called(block, parts, "downsample", x)
-    if in_place:  # as torchvision's and timm's blocks do
-        y += shortcut
-    else:
-        y = y + shortcut
-    return _called(block, parts, "act3", y)
+    """x, and the middle's y, to what the block gives; in_place: as torchvision's and timm's blocks add."""
+    out, bn = _called(block, parts, "conv3", y), part_of(block, parts, "bn3")
+    out, bn = run_drops(out, bn, (part_of(block, parts, "drop_path"),))
+    shortcut, shortcut_bn = run_shortcut(part_of(block, parts, "downsample"), x)
+    act = _activation(block, parts, "act3")
+    return run_norm_relu(out, bn, act, backend, shortcut, shortcut_bn, in_place=in_place)
 
 
 def _plain_forward(block: nn.Module, parts: Mapping[str, str | None], x: Tensor) -> Tensor:
     """What the block must have computed, if the parts are what they seem."""
-    y = before_middle(block, parts, x)
-    return after_middle(block, parts, x, torch.relu(part_of(block, parts, "bn2")(y)))
+    y = _before_middle(block, parts, x, "composite")
+    y = torch.relu(part_of(block, parts, "bn2")(y))
+    return _after_middle(block, parts, x, y, "composite", in_place=False)
 
 
 class _Unfit(Exception):
@@ -289,8 +290,8 @@ def convert(
     """Make the bottlenecks of a ResNeXt-like network VCR blocks, in place, with the weights that they have.
 
     The modulators start neutral, so the network computes what it computed before, gradients of the old parameters
-    included: to rounding, since the fused middle folds bn2 in; to the bit where each module is called, as with a hook
-    on ``modulator``.
+    included: to rounding, since the fused ops fold norms in; to the bit where each module is called, as with a hook on
+    all modules.
 
     Every block stays the object that it is, with its parameters, buffers, training flags, ``requires_grad``, attributes
     and methods; its class becomes a subclass of VCRBlock and of its own class, and gets ``sampler``, ``reasoner`` and

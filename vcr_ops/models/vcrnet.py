@@ -13,6 +13,7 @@ from .. import checks
 from ..modules.batch_norm import CONVOLUTIONS
 from ..modules.block import VCRBlock
 from ..modules.middle import default_norm
+from ..modules.norm_relu import run_norm_relu
 from ..modules.running_stats import no_running_stats_update
 from .features import FeatureInfo, OutIndices, take_indices
 from .pool import global_pool as make_pool
@@ -79,6 +80,7 @@ class VCRNet(nn.Module):
         norm = norm_layer or default_norm(ndim)
         default_norm(ndim)
         self.ndim, self.drop_rate, self.grad_checkpointing = ndim, drop_rate, False
+        self.backend: str | None = options.get("backend", "auto")
         self.conv1 = CONVOLUTIONS[ndim](in_chans, 64, 7, 2, 3, bias=False)
         self.bn1 = norm(64)
         self.relu = nn.ReLU(inplace=True)
@@ -137,9 +139,12 @@ class VCRNet(nn.Module):
             x = checkpoint(block, x, use_reentrant=False, context_fn=_recompute)
         return x
 
+    def _stem(self, x: Tensor) -> Tensor:
+        return run_norm_relu(self.conv1(x), self.bn1, self.relu, self.backend)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """x (N, in_chans, *spatial) to the last stage's map, (N, num_features, *smaller)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self._stem(x))
         for name in _STAGES:
             x = self._stage(name, x)
         return x
@@ -178,7 +183,7 @@ class VCRNet(nn.Module):
         """
         checks.check_name("output_fmt", output_fmt, ("NCHW",))
         taken = take_indices("indices", indices, len(self.feature_info))
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self._stem(x)
         maps = [x] if 0 in taken else []
         x = self.maxpool(x)
         for index, name in enumerate(_STAGES[: max(taken)] if stop_early else _STAGES, 1):

@@ -1,6 +1,7 @@
 """The residual block with visual concept reasoning: split, transform, attend, interact, modulate, merge."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from .batch_norm import CONVOLUTIONS
 from .drop_path import DropPath
 from .middle import default_norm, run_middle
 from .modulator import ConceptModulator
+from .norm_relu import run_drops, run_norm_relu, run_shortcut
 from .reasoner import ConceptReasoner
 from .sampler import ConceptSampler
 
@@ -93,16 +95,14 @@ class VCRBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, *spatial); returns (N, 4 * planes, *spatial), each spatial dim divided by the stride."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.conv2(self.relu(self.bn1(self.conv1(x))))
-        m = self._modules  # past nn.Module.__getattr__, which is slow
-        y = run_middle(y, m["bn2"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)
-        out = self.bn3(self.conv3(y))
-        for drop in (m["dropout"], m["drop_path"]):
-            if drop is not None:
-                out = drop(out)
-        out += shortcut
-        return self.relu(out)
+        m: Any = self._modules  # past nn.Module.__getattr__, which is slow
+        relu, backend = m["relu"], self.backend
+        shortcut, shortcut_bn = run_shortcut(self.downsample, x)
+        y = run_norm_relu(m["conv1"](x), m["bn1"], relu, backend)
+        y = m["conv2"](y)
+        y = run_middle(y, m["bn2"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, backend)
+        out, bn = run_drops(m["conv3"](y), m["bn3"], (m["dropout"], m["drop_path"]))
+        return run_norm_relu(out, bn, relu, backend, shortcut, shortcut_bn)
 
     def extra_repr(self) -> str:
         return f"modulation={self.modulation!r}, backend={self.backend!r}"

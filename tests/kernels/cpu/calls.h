@@ -255,6 +255,21 @@ class Caller {
     return finish();
   }
 
+  Called norm_relu(const Kernels<T>& kernels) {
+    const Sizes& s = c.size;
+    NormRelu<T> f{};
+    f.N = s.N, f.channels = s.channels(), f.S = s.S;
+    f.y = map_in("y", how.lie);
+    if (c.shortcut != Shortcut::none) f.shortcut = map_in("shortcut", lie_of_gradient(s, how.lie));
+    f.out = map_out("out");
+    f.norm = {in("norm_mean"), in("norm_var"), in("norm_weight"), in("norm_bias"), 1e-5};
+    f.shortcut_norm = {in("shortcut_norm_mean"), in("shortcut_norm_var"), in("shortcut_norm_weight"), in("shortcut_norm_bias"), 1e-5};
+    f.pool = how.pool;
+    memory.poison();
+    kernels.norm_relu(f);
+    return finish();
+  }
+
  private:
   A* in(const char* name) { return memory.input<A>(name, inputs); }
   A* out(const std::string& name, int64_t count) {

@@ -75,6 +75,16 @@ std::vector<double> draw_gradient(Random& random, int64_t count) {
   return x;
 }
 
+void draw_given_norm(Random& random, const std::vector<double>& offset, const std::string& prefix, Tensors& t) {
+  std::vector<double> mean = random.normals(int64_t(offset.size()), 0, 0.3);
+  t[prefix + "var"] = random.uniforms(int64_t(offset.size()), 0.5, 1.5);
+  for (size_t j = 0; j < offset.size(); ++j) mean[j] = double(float(mean[j] + offset[j]));
+  t[prefix + "mean"] = mean;
+}
+void draw_norm_affine(Random& random, int64_t channels, const std::string& prefix, Tensors& t) {
+  t[prefix + "weight"] = random.normals(channels, 1, 0.2);
+  t[prefix + "bias"] = random.normals(channels, 0, 0.5);
+}
 void draw_sampler(Random& random, const Case& c, Tensors& t) {
   const int64_t weights = c.size.channels() * c.size.pt;
   const double width = std::sqrt(double(c.size.p));
@@ -124,6 +134,7 @@ std::string Case::name() const {
                   affine_names[int(affine)] + "-norm_" + norm_names[int(norm)] + (norm_affine ? "" : "_plain") +
                   (state_batch ? "-state_batch" : "-state_given") + (state_affine ? "" : "_plain");
   if (attention_gradient) s += "-dattention";
+  if (shortcut != Shortcut::none) s += shortcut == Shortcut::plain ? "-shortcut" : "-shortcut_normed";
   return s + "-N" + std::to_string(size.N) + "C" + std::to_string(size.C) + "p" + std::to_string(size.p) + "pt" + std::to_string(size.pt) +
          "S" + std::to_string(size.S) + "-" + draws[int(draw)];
 }
@@ -195,6 +206,19 @@ std::vector<Case> modulate_cases() {
   return cases;
 }
 
+std::vector<Case> norm_relu_cases() {
+  std::vector<Case> cases;
+  int k = 0;
+  for (const Sizes& size : all_sizes)
+    for (int shortcut = 0; shortcut < 3; ++shortcut, ++k) {
+      Case c;
+      c.size = size, c.shortcut = Shortcut(shortcut), c.seed = uint64_t(9000 + k);
+      c.norm = k % 4 == 1 ? Norm::none : Norm::given, c.norm_affine = k % 5 != 2;
+      cases.push_back(c);
+    }
+  return cases;
+}
+
 Tensors draw_middle(const Case& c) {
   Random random{c.seed};
   Tensors t;
@@ -202,15 +226,8 @@ Tensors draw_middle(const Case& c) {
   const std::vector<double> offset = random.normals(CP, 0, 1), sigma = random.uniforms(CP, 0.5, 1.5);
   t["y"] = draw_map(random, c, offset, sigma);
   t["grad_out"] = draw_gradient(random, c.size.map());
-  if (c.norm == Norm::given) {
-    t["norm_mean"] = random.normals(CP, 0, 0.3);
-    t["norm_var"] = random.uniforms(CP, 0.5, 1.5);
-    for (size_t j = 0; j < size_t(CP); ++j) t["norm_mean"][j] = double(float(t["norm_mean"][j] + offset[j]));
-  }
-  if (c.norm_affine) {
-    t["norm_weight"] = random.normals(CP, 1, 0.2);
-    t["norm_bias"] = random.normals(CP, 0, 0.5);
-  }
+  if (c.norm == Norm::given) draw_given_norm(random, offset, "norm_", t);
+  if (c.norm_affine) draw_norm_affine(random, CP, "norm_", t);
   draw_sampler(random, c, t);
   draw_reasoner(random, c, t, "state_");
   draw_modulator(random, c, t);
@@ -258,6 +275,22 @@ Tensors draw_modulate(const Case& c) {
     }
     t["attention"] = attention;
   }
+  return t;
+}
+
+Tensors draw_norm_relu(const Case& c) {
+  Random random{c.seed};
+  Tensors t;
+  const int64_t channels = c.size.channels();
+  const auto draw = [&](const std::string& map, const std::string& prefix, bool norm) {
+    const std::vector<double> offset = random.normals(channels, 0, 1), sigma = random.uniforms(channels, 0.5, 1.5);
+    t[map] = draw_map(random, c, offset, sigma);
+    if (!norm) return;
+    draw_given_norm(random, offset, prefix, t);
+    if (c.norm_affine) draw_norm_affine(random, channels, prefix, t);
+  };
+  draw("y", "norm_", c.norm == Norm::given);
+  if (c.shortcut != Shortcut::none) draw("shortcut", "shortcut_norm_", c.shortcut == Shortcut::normed);
   return t;
 }
 

@@ -22,6 +22,8 @@ struct Sizes {
 
 // constant: every position of an (image, channel) is the same; periodic: every third one is. Both make the softmax's maximum a tie.
 enum class Draw { random, constant, periodic };
+// What norm_relu adds.
+enum class Shortcut { none, plain, normed };
 
 struct Case {
   Sizes size;
@@ -33,6 +35,7 @@ struct Case {
   bool state_batch = true;
   bool norm_affine = true, state_affine = true;  // the batch norms have weight and bias
   bool attention_gradient = false;               // of concept_sample alone
+  Shortcut shortcut = Shortcut::none;            // of norm_relu alone
   Draw draw = Draw::random;
   uint64_t seed = 1;
 
@@ -43,12 +46,14 @@ std::vector<Case> middle_cases();
 std::vector<Case> sample_cases();
 std::vector<Case> reason_cases();
 std::vector<Case> modulate_cases();
+std::vector<Case> norm_relu_cases();
 
 // Inputs and parameters of the op named; `grad_out`, `dh`, `dattention` and `dstate` are among them.
 Tensors draw_middle(const Case& c);
 Tensors draw_sample(const Case& c);
 Tensors draw_reason(const Case& c);
 Tensors draw_modulate(const Case& c);
+Tensors draw_norm_relu(const Case& c);
 
 double round_to_bf16(double x);
 

@@ -162,29 +162,38 @@ void check_empty(Report& report) {
 
 // Maps of 16 MiB, which are written past the caches. Too many for the reference's tape: with given statistics each image must have the
 // very bits that it has alone, when it is small.
+template <class Op>
+void check_large_case(const Case& c, Lie lie, const Pool& pool, Report& report) {
+  const Tensors inputs = Op::draw(c);
+  const Called whole = call<Op, float>(c, inputs, {lie, pool.parallel, true, true});
+  if (!whole.damage.empty()) report.fail("large", c, "float", lie_names[int(lie)], "    changed: " + whole.damage);
+  const int64_t image = c.size.channels() * c.size.S;
+  for (int64_t n = 0; n < c.size.N; ++n) {
+    Case one = c;
+    one.size.N = 1;
+    const Called alone = call<Op, float>(one, image_of(inputs, c.size, n), {lie, loop.parallel, true, false});
+    for (const char* name : {"out", "dy"}) {
+      const auto found = alone.results.find(name);
+      if (found != alone.results.end() &&
+          std::memcmp(found->second.data(), whole.results.at(name).data() + n * image, size_t(image) * sizeof(double)) != 0)
+        report.fail("large", c, "float", lie_names[int(lie)],
+                    std::string("    ") + name + " of image " + std::to_string(n) + " differs from the image alone");
+    }
+  }
+  report.calls += 1 + int(c.size.N);
+}
 [[maybe_unused]] void check_large(int every, Report& report) {
   const auto start = std::chrono::steady_clock::now();
   int taken = 0;
-  for (int k = 0; k < 6; k += every > 1 ? 3 : 1, ++taken) {
+  for (int k = 0; k < 6; k += every > 1 ? 3 : 1, taken += 2) {
     Case c;
     c.size = {3, k < 3 ? 16 : 32, k < 3 ? 16 : 8, 4, k % 3 == 1 ? 5505 : 5504};
     c.norm = Norm::given, c.state_batch = false, c.seed = uint64_t(8000 + k);
     c.modulation = k % 3 == 2 ? Modulation::pixel : Modulation::channel;
+    c.shortcut = Shortcut(k % 3);
     const Lie lie = k % 2 ? Lie::channels_last : Lie::contiguous;
-    const Tensors inputs = draw_middle(c);
-    const Called whole = call<Middle, float>(c, inputs, {lie, pools[k % pool_count].parallel, true, true});
-    if (!whole.damage.empty()) report.fail("large", c, "float", lie_names[int(lie)], "    changed: " + whole.damage);
-    const int64_t image = c.size.channels() * c.size.S;
-    for (int64_t n = 0; n < c.size.N; ++n) {
-      Case one = c;
-      one.size.N = 1;
-      const Called alone = call<Middle, float>(one, image_of(inputs, c.size, n), {lie, loop.parallel, true, false});
-      for (const char* name : {"out", "dy"})
-        if (std::memcmp(alone.results.at(name).data(), whole.results.at(name).data() + n * image, size_t(image) * sizeof(double)) != 0)
-          report.fail("large", c, "float", lie_names[int(lie)],
-                      std::string("    ") + name + " of image " + std::to_string(n) + " differs from the image alone");
-    }
-    report.calls += 1 + int(c.size.N);
+    check_large_case<Middle>(c, lie, pools[k % pool_count], report);
+    check_large_case<NormReluOp>(c, lie, pools[k % pool_count], report);
   }
   const double all_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::printf("  large maps        %3d cases; %.1f s\n", taken, all_s);
@@ -345,6 +354,7 @@ int main(int count, char** arguments) {
   check_op<Sample>(sample_cases(), every, report);
   check_op<Reason>(reason_cases(), every, report);
   check_op<Modulate>(modulate_cases(), every, report);
+  check_op<NormReluOp>(norm_relu_cases(), every, report);
 #if !defined(__SANITIZE_THREAD__)  // which doesn't see streaming stores
   check_large(every, report);
 #endif

@@ -58,6 +58,19 @@ struct Modulate {
     return caller.modulate(kernels);
   }
 };
+struct NormReluOp {
+  static constexpr const char* name = "norm_relu";
+  static constexpr bool maps = true;
+  static Tensors draw(const Case& c) { return draw_norm_relu(c); }
+  template <class R>
+  static Tensors reference(const Case& c, Tensors& in, Closest*, Fault) {
+    return norm_relu_reference<R>(c, in);
+  }
+  template <class T>
+  static Called call(Caller<T> caller, const Kernels<T>& kernels) {
+    return caller.norm_relu(kernels);
+  }
+};
 
 // Draws again where the reference stands too near a switch for float to decide it alike.
 template <class Op>
@@ -83,7 +96,8 @@ inline std::vector<std::string> gradients_of(const Reference& reference) {
 // Image n of a batch, alone: what evaluation gives mustn't depend on the others.
 inline Tensors image_of(const Tensors& inputs, const Sizes& s, int64_t n) {
   Tensors one = inputs;
-  for (const char* name : {"y", "grad_out"}) {
+  for (const char* name : {"y", "grad_out", "shortcut"}) {
+    if (inputs.find(name) == inputs.end()) continue;
     const int64_t size = s.channels() * s.S;
     const auto& all = inputs.at(name);
     one[name].assign(all.begin() + n * size, all.begin() + (n + 1) * size);

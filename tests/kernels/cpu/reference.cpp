@@ -388,6 +388,29 @@ Tensors modulate_reference(const Case& c, Tensors& inputs, Closest* closest, Fau
   return graph.finish();
 }
 
+template <class R>
+Tensors norm_relu_reference(const Case& c, const Tensors& inputs) {
+  const auto normed = [&](const std::string& map, const std::string& prefix, int64_t i) {
+    const size_t channel = size_t(i / c.size.S % c.size.channels());
+    const auto at = [&](const char* name, R otherwise) {
+      const auto found = inputs.find(prefix + name);
+      return found == inputs.end() ? otherwise : R(found->second[channel]);
+    };
+    const R x = R(inputs.at(map)[size_t(i)]);
+    if (inputs.find(prefix + "mean") == inputs.end()) return x;
+    return (x - at("mean", 0)) / std::sqrt(at("var", 1) + R(norm_eps)) * at("weight", 1) + at("bias", 0);
+  };
+  std::vector<double> out;
+  for (int64_t i = 0; i < c.size.map(); ++i) {
+    R x = normed("y", "norm_", i);
+    if (c.shortcut != Shortcut::none) x += normed("shortcut", "shortcut_norm_", i);
+    out.push_back(double(x > 0 ? x : R(0)));
+  }
+  return {{"out", out}};
+}
+template Tensors norm_relu_reference<double>(const Case&, const Tensors&);
+template Tensors norm_relu_reference<float>(const Case&, const Tensors&);
+
 #define VCR_REFERENCE(op)                                              \
   template Tensors op<double>(const Case&, Tensors&, Closest*, Fault); \
   template Tensors op<float>(const Case&, Tensors&, Closest*, Fault);

@@ -34,5 +34,8 @@ template <class R>
 Tensors reason_reference(const Case& c, Tensors& inputs, Closest* closest = nullptr, Fault fault = Fault::none);
 template <class R>
 Tensors modulate_reference(const Case& c, Tensors& inputs, Closest* closest = nullptr, Fault fault = Fault::none);
+// relu(norm(y) + norm(shortcut)); has no gradients.
+template <class R>
+Tensors norm_relu_reference(const Case& c, const Tensors& inputs);
 
 }  // namespace vcr_test
