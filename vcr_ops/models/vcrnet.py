@@ -221,8 +221,8 @@ class VCRNet(nn.Module):
         self.avgpool.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep no activations within blocks and compute them again in backward. Statistics of bn2 and of
-        the reasoner move once; bn1, bn3 and downsample.1, being PyTorch's own, move twice.
+        """In training, keep no activations within blocks and compute them again in backward. Statistics of norms in
+        fused ops (bn2, the reasoner's; on CPUs bn1 and bn3) move once; the others, being PyTorch's own, move twice.
         """
         self.grad_checkpointing = enable
 
