@@ -9,6 +9,8 @@
 namespace vcr {
 namespace {
 
+constexpr int64_t gated_rows_together = 2;
+
 template <class T>
 class NormReluBackwardCpu {
   using A = acc_t<T>;
@@ -61,7 +63,8 @@ class NormReluBackwardCpu {
         backward_sums_row(f.y.at(n, j, 0), f.grad_out.at(n, j, 0), f.S, norm_.centre[j], norm_.slope[j], norm_.offset[j], e0, e1);
     }
   }
-  // Channels [j0, j0 + count) of a channels_last image with a shortcut; sums as in backward_sums_rows. Writes g.
+  // Channels [j0, j0 + count) of a channels_last image with a shortcut; writes g. Two rows at a time: there are four maps, and more rows of
+  // each would be more streams than memory delivers at its best.
   VCR_KERNEL void gated_rows(int64_t n, int64_t j0, int64_t count, A* E0, A* E1) const {
     const int64_t padded = round_up(count, lanes<A>);
     Scratch<A> running(2 * padded);
@@ -75,13 +78,17 @@ class NormReluBackwardCpu {
       const auto block = [&](auto height) {
         const T *y = f.y.at(n, j0, r), *out = f.out.at(n, j0, r), *d = f.grad_out.at(n, j0, r);
         T* to = f.dshortcut.at(n, j0, r);
+        const bool stream = stream_ && can_stream(to) && can_stream(to + f.dshortcut.position);
         for_vectors<A>(count, [&](int64_t j, auto whole, int some) {
           const vec<A> mu = load_some<whole()>(norm_.centre + j0 + j, some);
           vec<A> e0[2] = {}, e1[2] = {};
           unroll<height()>([&](auto R) {
             const vec<A> o = load_some<whole()>(out + R * f.out.position + j, some);
             const vec<A> g = where_active<A>(o, load_some<whole()>(d + R * f.grad_out.position + j, some));
-            store_some<whole()>(to + R * f.dshortcut.position + j, g, some);
+            if (whole() && stream)
+              store_stream(to + R * f.dshortcut.position + j, g);
+            else
+              store_some<whole()>(to + R * f.dshortcut.position + j, g, some);
             e0[R % 2] += g;
             e1[R % 2] = fma(g, load_some<whole()>(y + R * f.y.position + j, some) - mu, e1[R % 2]);
           });
@@ -90,7 +97,7 @@ class NormReluBackwardCpu {
         });
         r += height();
       };
-      while (r + together_rows <= end) block(std::integral_constant<int, together_rows>{});
+      while (r + gated_rows_together <= end) block(std::integral_constant<int, gated_rows_together>{});
       while (r < end) block(std::integral_constant<int, 1>{});
       for (int64_t j = 0; j < 2 * padded; ++j) totals.get()[j] += double(run0[j]);
     }
