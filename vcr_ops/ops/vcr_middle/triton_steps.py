@@ -1,4 +1,4 @@
-"""The steps of a synchronised middle (``synced.py``) on Triton: the launches of ``triton.py`` one by one, so that the
+"""The steps of a synchronised middle (``synced.py``) on Triton: the op's own launches one by one, so that the
 processes can tell each other in between what they found.
 
 ``saved`` is what the whole op keeps; ``late`` is a copy of it that ``vcr_middle_modulate`` completes. Where the kernels
@@ -12,23 +12,17 @@ from torch import Tensor
 from ...maps import acc_dtype, empty_map_like, positions
 from ...triton_common.sizes import Sizes, cdiv, sizes_of
 from ..dispatch import like_parameter
-from .triton import (
+from .kept import saved_size
+from .triton_backward_launches import (
     Attended,
-    Stats,
-    channel_statistics,
     gradient_numbers,
     input_gradient,
     merged_numbers,
-    modulate,
-    reason,
-    sample,
-    sampling_of,
-    saved_size,
     small_gradients,
     state_norm_gradient,
-    state_rows,
     sums_of,
 )
+from .triton_forward_launches import Stats, channel_statistics, modulate, reason, sample, sampling_of, state_rows
 
 
 def _moments(parts: Tensor, counts: Tensor) -> Tensor:
