@@ -3,7 +3,7 @@
 Each launch is a function of its own, since ``triton_steps`` makes other ops of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ...triton_common.sizes import SMALL_TILE, Sizes, cdiv, options, rows_at_onc
 from ..concept_reason.triton import rows_of_sums
 from ..concept_reason.triton_kernels import state_norm_backward
 from . import triton_backward, triton_input_grad
+from .arguments import Learned, Variant
 from .kept import saved_size, saved_states
 
 STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
@@ -49,26 +50,20 @@ def sums_of(
     grad_out: Tensor,
     y: Tensor,
     size: Sizes,
-    norm_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
-    norm: str,
-    modulation: str,
+    variant: Variant,
     merged: Tensor,
     first: Tensor,
     dstate: Tensor,
 ) -> Sums:
     """2R; the last three are memory to write to."""
     N, C, p, pt, S = size[:5]
-    pixel = modulation == "pixel"
-    norm_bias, scale_bias, shift_bias = dense(norm_bias), scale_bias.contiguous(), shift_bias.contiguous()
+    pixel, norm_bias = variant.modulation == "pixel", dense(learned.norm_bias)
     grad = map_view_like(grad_out, size.view)
     found = size.config("modulate_backward_sums")
     splits = splits_of(found, S)
-    sums = merged.new_empty((merged_numbers(size, modulation) * splits,))
+    sums = merged.new_empty((merged_numbers(size, variant.modulation) * splits,))
     firsts = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
     launch(
         triton_backward.modulate_backward_sums,
@@ -77,8 +72,8 @@ def sums_of(
         *size.view.strided,
         *grad.strided,
         norm_bias,
-        scale_bias,
-        shift_bias,
+        learned.scale_bias.contiguous(),
+        learned.shift_bias.contiguous(),
         saved,
         sums,
         firsts,
@@ -86,7 +81,7 @@ def sums_of(
         S,
         **size.map_constants,
         PT=pt,
-        NORM=norm,
+        NORM=variant.norm,
         PIXEL=pixel,
         SPLITS=splits,
         CB=found["CB"],
@@ -101,8 +96,8 @@ def sums_of(
         sums,
         firsts,
         norm_bias,
-        dense(scale_weight),
-        dense(shift_weight),
+        dense(learned.scale_weight),
+        dense(learned.shift_weight),
         saved,
         merged,
         first,
@@ -110,7 +105,7 @@ def sums_of(
         dstate_parts,
         N,
         **size.small_constants,
-        NORM=norm,
+        NORM=variant.norm,
         PIXEL=pixel,
         SPLITS=splits,
         CB=max(1, min(power_of_two(C), SMALL_TILE // (power_of_two(p) * power_of_two(pt)))),
@@ -170,43 +165,33 @@ class Attended(NamedTuple):
 
 def small_gradients(
     size: Sizes,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    edge: Tensor | None,
-    scale_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     merged: Tensor,
     dg: Tensor,
     to: Attended,
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
-    scale: bool,
-    shift: bool,
+    variant: Variant,
 ) -> tuple[Tensor, int]:
     """(partial, groups): the parameters' gradients, summed over groups of images; partial (groups,
-    ``gradient_numbers``). scale, shift: whether these weights are there.
+    ``gradient_numbers``).
     """
     N, C, p, pt, S = size[:5]
     c2, p2, pt2 = power_of_two(C), power_of_two(p), power_of_two(pt)
     groups = min(N, GRADIENT_GROUPS)
     per_group = cdiv(N, groups)
     groups = cdiv(N, per_group)
-    partial = dg.new_empty((groups * gradient_numbers(size, edges),))
+    partial = dg.new_empty((groups * gradient_numbers(size, variant.edges),))
     at_once = GRADIENT_TILE // max(c2 * pt2, p2 * pt2)
     launch(
         triton_backward.small_gradients,
         (C, groups),
         dg.device,
-        dense(norm_bias),
-        value.contiguous(),
-        dense(query),
-        dense(key),
-        dense(edge),
-        scale_bias.contiguous(),
+        dense(learned.norm_bias),
+        learned.value.contiguous(),
+        dense(learned.query),
+        dense(learned.key),
+        dense(learned.edge),
+        learned.scale_bias.contiguous(),
         saved,
         merged,
         dg,
@@ -217,12 +202,12 @@ def small_gradients(
         per_group,
         **size.small_constants,
         C2=c2,
-        NORM=norm,
-        SAMPLER=sampler,
-        EDGES=edges,
-        PIXEL=modulation == "pixel",
-        SCALE=scale,
-        SHIFT=shift,
+        NORM=variant.norm,
+        SAMPLER=variant.sampler,
+        EDGES=variant.edges,
+        PIXEL=variant.modulation == "pixel",
+        SCALE=learned.scale_weight is not None,
+        SHIFT=learned.shift_weight is not None,
         BN=max(1, min(power_of_two(per_group), at_once)),
         num_warps=4,
     )
@@ -234,22 +219,17 @@ def input_gradient(
     y: Tensor,
     dy: Tensor,
     size: Sizes,
-    norm_bias: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     merged: Tensor,
     first: Tensor,
     attended: Attended,
     partial: Tensor,
     groups: int,
-    to: list[Tensor | None],
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    to: Learned,
+    variant: Variant,
 ) -> None:
-    """2R + 1W. to: where the sums over the groups go, in the op's order of parameters; None: nowhere."""
+    """2R + 1W. to: where each parameter's sum over the groups goes; None: nowhere."""
     N, C, p, pt, S = size[:5]
     found = size.config("middle_input_grad")
     chunks = splits_of(found, S)
@@ -260,34 +240,34 @@ def input_gradient(
         *size.view.strided,
         *map_view_like(grad_out, size.view).strided,
         *map_view_like(dy, size.view).strided,
-        dense(norm_bias),
-        scale_bias.contiguous(),
-        shift_bias.contiguous(),
+        dense(learned.norm_bias),
+        learned.scale_bias.contiguous(),
+        learned.shift_bias.contiguous(),
         saved,
         merged,
         first,
         *attended,
         partial,
-        to[2],
-        to[3],
-        to[4],
-        to[9],
-        to[10],
-        to[5],
-        to[11],
-        to[12],
-        to[0],
-        to[1],
-        to[6],
+        to.value,
+        to.query,
+        to.key,
+        to.scale_weight,
+        to.shift_weight,
+        to.logit,
+        to.scale_bias,
+        to.shift_bias,
+        to.norm_weight,
+        to.norm_bias,
+        to.edge,
         N,
         S,
         groups,
         **size.map_constants,
         PT=pt,
-        NORM=norm,
-        SAMPLER=sampler,
-        EDGES=edges,
-        PIXEL=modulation == "pixel",
+        NORM=variant.norm,
+        SAMPLER=variant.sampler,
+        EDGES=variant.edges,
+        PIXEL=variant.modulation == "pixel",
         CHUNKS=chunks,
         CB=found["CB"],
         BS=found["BS"],
@@ -297,55 +277,21 @@ def input_gradient(
     )
 
 
-def backward(
-    grad_out: Tensor,
-    y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
-    saved: Tensor,
-    norm: str,
-    state_batch: bool,
-    sampler: str,
-    edges: str,
-    modulation: str,
-) -> tuple[Tensor, ...]:
+def backward(grad_out: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The op ``vcr_middle_backward``."""
-    size = sizes_of(y, value.shape)
+    *parameters, saved, norm, state_batch, sampler, edges, modulation = arguments
+    learned, variant = Learned(*parameters), Variant(norm, sampler, edges, modulation)
+    size = sizes_of(y, learned.value.shape)
     N, C, p, pt, _ = size[:5]
     acc = acc_dtype(y.dtype)
     dy = empty_map_like(y)
-    parameters = (
-        norm_weight,
-        norm_bias,
-        value,
-        query,
-        key,
-        logit,
-        edge,
-        state_weight,
-        state_bias,
-        scale_weight,
-        shift_weight,
-        scale_bias,
-        shift_bias,
-    )
-    gradients = [y.new_empty((0,), dtype=acc) if w is None else w.new_empty(w.shape) for w in parameters]
+    gradients = [y.new_empty((0,), dtype=acc) if w is None else w.new_empty(w.shape) for w in learned]
     if N == 0:
         for x in gradients:
             x.zero_()
         return dy, *gradients
-    to = [None if w is None else x for w, x in zip(parameters, gradients, strict=True)]
+    there: list[Any] = [None if w is None else x for w, x in zip(learned, gradients, strict=True)]
+    to = Learned(*there)
     CP = C * p
 
     def numbers(count: int) -> Tensor:
@@ -353,18 +299,12 @@ def backward(
 
     first = y.new_empty((N * C if modulation == "pixel" else 0,), dtype=torch.int32)
     memory = numbers(merged_numbers(size, modulation)), first, numbers(N * C * pt)
-    projected = (scale_weight, shift_weight, scale_bias, shift_bias)
-    sums = sums_of(grad_out, y, size, norm_bias, *projected, saved, norm, modulation, *memory)
+    sums = sums_of(grad_out, y, size, learned, saved, variant, *memory)
     state_norm = saved.narrow(0, saved_size(N, C, p, pt, False) - 2 * pt, 2 * pt)
-    dg = state_norm_gradient(
-        size, sums.dstate, sums.dstate_parts, state_weight, saved, state_norm, to[7], to[8], state_batch
-    )
+    norms = (learned.state_weight, saved, state_norm, to.state_weight, to.state_bias)
+    dg = state_norm_gradient(size, sums.dstate, sums.dstate_parts, *norms, state_batch)
     attended = Attended(numbers(N * CP), numbers(N * CP), numbers(N * C))
-    given = scale_weight is not None, shift_weight is not None
-    variant = (norm, sampler, edges, modulation)
-    partial, groups = small_gradients(
-        size, norm_bias, value, query, key, edge, scale_bias, saved, sums.merged, dg, attended, *variant, *given
-    )
-    arguments = (size, norm_bias, scale_bias, shift_bias, saved, sums.merged, sums.first, attended, partial, groups, to)
-    input_gradient(grad_out, y, dy, *arguments, *variant)
+    partial, groups = small_gradients(size, learned, saved, sums.merged, dg, attended, variant)
+    summed = (sums.merged, sums.first, attended, partial, groups)
+    input_gradient(grad_out, y, dy, size, learned, saved, *summed, to, variant)
     return dy, *gradients

@@ -3,7 +3,7 @@
 Each launch is a function of its own, since ``triton_steps`` makes other ops of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ...triton_common.sizes import (
 )
 from ..concept_reason.triton import exchange_blocks, rows_of_sums
 from . import triton_forward
+from .arguments import Learned, Variant, by_name
 from .kept import saved_size
 
 STATS_ROWS = 64  # groups of images, so that a prologue can merge their statistics
@@ -81,12 +82,13 @@ class Sampling(NamedTuple):
         return self.splits > 1
 
 
-def sampling_of(y: Tensor, size: Sizes, norm: str, sampler: str, save: bool) -> Sampling:
+def sampling_of(y: Tensor, size: Sizes, variant: Variant, save: bool) -> Sampling:
     """The division, with memory for its parts."""
     N, C, p, pt, S = size[:5]
     found = sample_config(size, save)
     splits = sampler_splits(size, found, save)
-    one_tile = found["BS"] >= S and splits == 1 and not (norm == "batch" and sampler == "pool")  # which reads nothing
+    unread = variant.norm == "batch" and variant.sampler == "pool"
+    one_tile = found["BS"] >= S and splits == 1 and not unread
     parts = y.new_empty((N * splits * C * (2 + p + p * pt),), dtype=acc_dtype(y.dtype)) if splits > 1 else None
     return Sampling(found, splits, one_tile, parts)
 
@@ -98,18 +100,12 @@ def sample(
     stats: Stats,
     norm_mean: Tensor | None,
     norm_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
+    learned: Learned,
     saved: Tensor,
     batch_mean: Tensor | None,
     batch_var: Tensor | None,
-    norm: str,
+    variant: Variant,
     norm_eps: float,
-    sampler: str,
     save: bool,
 ) -> None:
     """1R"""
@@ -124,12 +120,12 @@ def sample(
         stats.image_means,
         dense(norm_mean),
         dense(norm_var),
-        dense(norm_weight),
-        dense(norm_bias),
-        value.contiguous(),
-        dense(query),
-        dense(key),
-        dense(logit),
+        dense(learned.norm_weight),
+        dense(learned.norm_bias),
+        learned.value.contiguous(),
+        dense(learned.query),
+        dense(learned.key),
+        dense(learned.logit),
         saved,
         sampling.parts,
         batch_mean,
@@ -141,9 +137,9 @@ def sample(
         **size.map_constants,
         PT=pt,
         PT2=power_of_two(pt),
-        NORM=norm,
+        NORM=variant.norm,
         NORM_EPS=norm_eps,
-        SAMPLER=sampler,
+        SAMPLER=variant.sampler,
         SAVE=save,
         CB=found["CB"],
         BS=found["BS"],
@@ -166,13 +162,9 @@ def reason(
     y: Tensor,
     size: Sizes,
     sampling: Sampling,
-    value: Tensor,
-    norm_bias: Tensor | None,
-    edge: Tensor | None,
+    learned: Learned,
     saved: Tensor,
-    norm: str,
-    sampler: str,
-    edges: str,
+    variant: Variant,
     save: bool,
 ) -> Tensor:
     """The states' statistics, (rows, 2, pt) float64."""
@@ -183,9 +175,9 @@ def reason(
         triton_forward.concept_reason,
         (rows,),
         y.device,
-        value.contiguous(),
-        dense(norm_bias),
-        dense(edge),
+        learned.value.contiguous(),
+        dense(learned.norm_bias),
+        dense(learned.edge),
         saved,
         sampling.parts,
         state_parts,
@@ -193,10 +185,10 @@ def reason(
         per_row,
         **size.small_constants,
         C2=power_of_two(C),
-        NORM=norm,
-        EDGES=edges,
+        NORM=variant.norm,
+        EDGES=variant.edges,
         SAVE=save,
-        MERGE=sampling.splits > 1 and sampler != "pool",
+        MERGE=sampling.splits > 1 and variant.sampler != "pool",
         SPLITS=sampling.splits,
         **exchange_blocks(C, pt),
         num_warps=4,
@@ -208,24 +200,15 @@ def modulate(
     y: Tensor,
     out: Tensor,
     size: Sizes,
-    norm_bias: Tensor | None,
-    edge: Tensor | None,
     state_mean: Tensor | None,
     state_var: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     state_parts: Tensor | None,
     batch_state_mean: Tensor | None,
     batch_state_var: Tensor | None,
-    norm: str,
+    variant: Variant,
     state_eps: float,
-    edges: str,
-    modulation: str,
     save: bool,
 ) -> None:
     """1R + 1W"""
@@ -240,16 +223,16 @@ def modulate(
         y.device,
         *size.view.strided,
         *map_view_like(out, size.view).strided,
-        dense(norm_bias),
-        dense(edge),
+        dense(learned.norm_bias),
+        dense(learned.edge),
         dense(state_mean),
         dense(state_var),
-        dense(state_weight),
-        dense(state_bias),
-        dense(scale_weight),
-        dense(shift_weight),
-        scale_bias.contiguous(),
-        shift_bias.contiguous(),
+        dense(learned.state_weight),
+        dense(learned.state_bias),
+        dense(learned.scale_weight),
+        dense(learned.shift_weight),
+        learned.scale_bias.contiguous(),
+        learned.shift_bias.contiguous(),
         saved,
         state_parts,
         batch_state_mean,
@@ -261,9 +244,9 @@ def modulate(
         **size.map_constants,
         PT=pt,
         PT2=power_of_two(pt),
-        NORM=norm,
-        EDGES=edges,
-        PIXEL=modulation == "pixel",
+        NORM=variant.norm,
+        EDGES=variant.edges,
+        PIXEL=variant.modulation == "pixel",
         STATE_BATCH=state_batch,
         STATE_EPS=state_eps,
         REASONED=state_parts is not None,
@@ -278,39 +261,15 @@ def modulate(
     )
 
 
-def forward(
-    y: Tensor,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_mean: Tensor | None,
-    state_var: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
-    norm: str,
-    norm_eps: float,
-    state_eps: float,
-    sampler: str,
-    edges: str,
-    modulation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op ``vcr_middle``."""
-    size = sizes_of(y, value.shape)
+    y, norm_mean, norm_var, state_mean, state_var, learned, norm_eps, state_eps, variant = by_name(arguments)
+    save = arguments[-1]
+    size = sizes_of(y, learned.value.shape)
     N, C, p, pt, _ = size[:5]
     acc = acc_dtype(y.dtype)
     out = empty_map_like(y)
-    batch, state_batch = norm == "batch", state_mean is None
+    batch, state_batch = variant.norm == "batch", state_mean is None
 
     def numbers(count: int) -> Tensor:
         return y.new_empty((count,), dtype=acc)
@@ -329,50 +288,11 @@ def forward(
             x.fill_(fill)
         return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
 
-    sampling = sampling_of(y, size, norm, sampler, save)
+    sampling = sampling_of(y, size, variant, save)
     stats = channel_statistics(y, size) if batch or sampling.needs_means else Stats(None, None, 0, 1, 1)
-    norm_given = (norm_mean, norm_var, norm_weight, norm_bias)
-    weights = (value, query, key, logit)
-    sample(
-        y,
-        size,
-        sampling,
-        stats,
-        *norm_given,
-        *weights,
-        saved,
-        batch_mean,
-        batch_var,
-        norm,
-        norm_eps,
-        sampler,
-        save,
-    )
-    state_parts = None
-    if state_batch or save:
-        state_parts = reason(y, size, sampling, value, norm_bias, edge, saved, norm, sampler, edges, save)
-    modulate(
-        y,
-        out,
-        size,
-        norm_bias,
-        edge,
-        state_mean,
-        state_var,
-        state_weight,
-        state_bias,
-        scale_weight,
-        shift_weight,
-        scale_bias,
-        shift_bias,
-        saved,
-        state_parts,
-        batch_state_mean,
-        batch_state_var,
-        norm,
-        state_eps,
-        edges,
-        modulation,
-        save,
-    )
+    found = (batch_mean, batch_var)
+    sample(y, size, sampling, stats, norm_mean, norm_var, learned, saved, *found, variant, norm_eps, save)
+    state_parts = reason(y, size, sampling, learned, saved, variant, save) if state_batch or save else None
+    found = (batch_state_mean, batch_state_var)
+    modulate(y, out, size, state_mean, state_var, learned, saved, state_parts, *found, variant, state_eps, save)
     return out, batch_mean, batch_var, batch_state_mean, batch_state_var, saved if save else numbers(0)
