@@ -20,7 +20,8 @@ from ...library import STEPS, on_load
 from ...maps import acc_dtype, empty_map_like, map_format
 from ..dispatch import check_devices, like_parameter
 from . import composite
-from .arguments import Variant, by_name
+from .arguments import Learned, Variant, by_name, grouped
+from .kept import kept
 
 
 def can_sync(backend: str | None, y: Tensor) -> bool:
@@ -94,21 +95,21 @@ class _Synced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         y, *learned, saved, late, state_norm, norm_count, state_count = ctx.saved_tensors
-        (norm_group, state_group), variant, kept = ctx.groups, ctx.variant, (saved, late)
+        (norm_group, state_group), variant = ctx.groups, ctx.variant
         ops = _steps(ctx.backend, y)
         summed, state_sums, *of_modulator = ops.vcr_middle_backward_sums(
-            grads[0], y, *learned, *kept, state_norm, *variant
+            grads[0], y, *learned, saved, late, state_norm, *variant
         )
         shares = torch.zeros_like(state_sums)
         if state_count is not None:
             shares = total(state_sums, state_group) / state_count
         attended, norm_sums, *earlier = ops.vcr_middle_backward_states(
-            y, *learned, *kept, state_norm, summed, shares, *variant
+            y, *learned, saved, late, state_norm, summed, shares, *variant
         )
         norm_shares = None
         if norm_count is not None:
             norm_shares = (total(norm_sums.double(), norm_group) / norm_count).to(norm_sums.dtype)
-        dy = ops.vcr_middle_backward_input(grads[0], y, *learned, *kept, summed, attended, norm_shares, *variant)
+        dy = ops.vcr_middle_backward_input(grads[0], y, *learned, saved, late, summed, attended, norm_shares, *variant)
         of_state_norm = (state_sums[1], state_sums[0])
         found = [
             None if w is None else gradient.to(w.dtype)
@@ -121,17 +122,7 @@ def _reported(found: Any) -> tuple[Tensor, Tensor]:
     return found.mean, found.unbiased()
 
 
-# What compilers need to know of the ops. Between the steps each backend keeps what it needs: the C++ kernels on CPU
-# tensors, Triton's on a GPU's (triton_steps.py).
-
-
-def _sizes(y: Tensor, value: Tensor) -> tuple[Any, Any, Any, Any, Any]:
-    concepts, p, pt = value.shape
-    return y.shape[0], concepts, p, pt, acc_dtype(y.dtype)
-
-
-def _late_size(n: Any, concepts: Any, p: Any, pt: Any) -> Any:
-    return 2 * n * concepts * p + n * concepts * pt
+# What compilers need to know of the ops.
 
 
 def _fake_stats(y: Tensor, concepts: int) -> Tensor:
@@ -140,42 +131,34 @@ def _fake_stats(y: Tensor, concepts: int) -> Tensor:
 
 def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
     check_devices("vcr_middle_states", *arguments[:12])
-    y = arguments[0]
-    n, concepts, p, pt, acc = _sizes(y, arguments[5])
-    channels = concepts * p
-    size = 3 * channels + 3 * n * channels + 3 * n * concepts * pt + 3 * n * concepts
-    size += n * channels * pt + n * concepts * concepts + 2 * pt
-    if y.device.type == "cuda":
-        size += _late_size(n, concepts, p, pt)
-    return y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
+    y, value, modulation = arguments[0], arguments[5], arguments[-1]
+    size = kept(y, value.shape, modulation).saved
+    return y.new_empty((size,), dtype=acc_dtype(y.dtype)), y.new_empty((2, value.shape[2]), dtype=torch.float64)
 
 
-def _fake_modulate(*arguments: Any) -> tuple[Tensor, ...]:
-    check_devices("vcr_middle_modulate", *arguments[:16])
-    y = arguments[0]
-    n, concepts, p, pt, acc = _sizes(y, arguments[3])
-    if y.device.type == "cuda":
-        return empty_map_like(y), torch.empty_like(arguments[14])
-    return empty_map_like(y), y.new_empty((_late_size(n, concepts, p, pt),), dtype=acc)
+@grouped
+def _fake_modulate(
+    y: Tensor, learned: Learned, saved: Tensor, state_norm: Tensor, variant: Variant
+) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_modulate", y, *learned, saved, state_norm)
+    size = kept(y, learned.value.shape, variant.modulation).late
+    return empty_map_like(y), y.new_empty((size,), dtype=acc_dtype(y.dtype))
 
 
-def _fake_sums(*arguments: Any) -> tuple[Tensor, ...]:
-    check_devices("vcr_middle_backward_sums", *arguments[:18])
-    y, learned = arguments[1], arguments[2:15]
-    n, concepts, p, pt, acc = _sizes(y, learned[2])
-    channels = concepts * p
-    size = 5 * n * channels + n * concepts + n * concepts * pt + 2 * channels
-    if y.device.type == "cuda":
-        maps, more = (6, 3) if arguments[-1] == "pixel" else (2, 0)
-        size = n * (maps * channels + more * concepts) + n * concepts * (pt + 1)
-    sums = y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
-    return *sums, *(like_parameter(w, y) for w in learned[9:])
+@grouped
+def _fake_sums(
+    grad_out: Tensor, y: Tensor, learned: Learned, saved: Tensor, late: Tensor, state_norm: Tensor, variant: Variant
+) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_backward_sums", grad_out, y, *learned, saved, late, state_norm)
+    size = kept(y, learned.value.shape, variant.modulation).summed
+    moments = y.new_empty((2, learned.value.shape[2]), dtype=torch.float64)
+    return y.new_empty((size,), dtype=acc_dtype(y.dtype)), moments, *(like_parameter(w, y) for w in learned[9:])
 
 
 def _fake_backward_states(*arguments: Any) -> tuple[Tensor, ...]:
     check_devices("vcr_middle_backward_states", *arguments[:19])
     y, learned = arguments[0], arguments[1:14]
-    n, concepts, p, _, acc = _sizes(y, learned[2])
+    n, (concepts, p, _), acc = y.shape[0], learned[2].shape, acc_dtype(y.dtype)
     channels = concepts * p
     attended = y.new_empty((2 * n * channels + n * concepts,), dtype=acc)
     return attended, y.new_empty((2, channels), dtype=acc), *(like_parameter(w, y) for w in learned[:7])

@@ -16,7 +16,7 @@ from ..concept_reason.triton import rows_of_sums
 from ..concept_reason.triton_kernels import state_norm_backward
 from . import triton_backward, triton_input_grad
 from .arguments import Learned, Variant
-from .kept import saved_size, saved_states
+from .kept import merged_size, saved_size, saved_states
 
 STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
 GRADIENT_GROUPS = 32
@@ -40,12 +40,6 @@ class Sums(NamedTuple):
     dstate_parts: Tensor
 
 
-def merged_numbers(size: Sizes, modulation: str) -> int:
-    """Numbers of ``Sums.merged``."""
-    channels = size.C * size.p
-    return size.N * (6 * channels + 3 * size.C if modulation == "pixel" else 2 * channels)
-
-
 def sums_of(
     grad_out: Tensor,
     y: Tensor,
@@ -63,7 +57,7 @@ def sums_of(
     grad = map_view_like(grad_out, size.view)
     found = size.config("modulate_backward_sums")
     splits = splits_of(found, S)
-    sums = merged.new_empty((merged_numbers(size, variant.modulation) * splits,))
+    sums = merged.new_empty((merged_size(N, C, p, variant.modulation) * splits,))
     firsts = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
     launch(
         triton_backward.modulate_backward_sums,
@@ -298,7 +292,7 @@ def backward(grad_out: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]
         return y.new_empty((count,), dtype=acc)
 
     first = y.new_empty((N * C if modulation == "pixel" else 0,), dtype=torch.int32)
-    memory = numbers(merged_numbers(size, modulation)), first, numbers(N * C * pt)
+    memory = numbers(merged_size(N, C, p, modulation)), first, numbers(N * C * pt)
     sums = sums_of(grad_out, y, size, learned, saved, variant, *memory)
     state_norm = saved.narrow(0, saved_size(N, C, p, pt, False) - 2 * pt, 2 * pt)
     norms = (learned.state_weight, saved, state_norm, to.state_weight, to.state_bias)

@@ -15,12 +15,11 @@ from ...maps import acc_dtype, empty_map_like, positions
 from ...triton_common.sizes import Sizes, cdiv, sizes_of
 from ..dispatch import like_parameter
 from .arguments import Learned, Variant, grouped
-from .kept import saved_size
+from .kept import kept_by_triton, merged_size
 from .triton_backward_launches import (
     Attended,
     gradient_numbers,
     input_gradient,
-    merged_numbers,
     small_gradients,
     state_norm_gradient,
     sums_of,
@@ -62,7 +61,7 @@ def vcr_middle_states(
     parameters = [*earlier, *[None] * 4, scale_bias, shift_bias]
     learned, variant = Learned(*parameters), Variant(norm, sampler, edges, modulation)
     size = sizes_of(y, learned.value.shape)
-    saved = y.new_empty((saved_size(*size[:4], True),), dtype=acc_dtype(y.dtype))
+    saved = y.new_empty((kept_by_triton(*size[:4], variant.modulation).saved,), dtype=acc_dtype(y.dtype))
     if size.N == 0:
         return saved.zero_(), y.new_zeros((2, size.pt), dtype=torch.float64)
     sampling = sampling_of(y, size, variant, True)
@@ -95,13 +94,8 @@ def vcr_middle_modulate(
 def _summed(size: Sizes, summed: Tensor, modulation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(merged, dstate, first) in ``summed``; the last are int32."""
     states, concepts = size.N * size.C * size.pt, size.N * size.C
-    merged, dstate, first = summed.split((merged_numbers(size, modulation), states, concepts))
+    merged, dstate, first = summed.split((merged_size(*size[:3], modulation), states, concepts))
     return merged, dstate, first.view(torch.int32).narrow(0, 0, concepts)
-
-
-def summed_numbers(size: Sizes, modulation: str) -> int:
-    """Numbers of the first result of ``vcr_middle_backward_sums``."""
-    return merged_numbers(size, modulation) + size.N * size.C * (size.pt + 1)
 
 
 @grouped
@@ -118,7 +112,7 @@ def vcr_middle_backward_sums(
     size = sizes_of(y, learned.value.shape)
     N, C, p, pt, _ = size[:5]
     modulators = learned[9:]  # scale_weight to shift_bias
-    summed = late.new_empty((summed_numbers(size, variant.modulation),))
+    summed = late.new_empty((kept_by_triton(N, C, p, pt, variant.modulation).summed,))
     if N == 0:
         zeros = (like_parameter(w, y).zero_() for w in modulators)
         return summed, y.new_zeros((2, pt), dtype=torch.float64), *zeros
