@@ -92,7 +92,7 @@ def visual_concept_reasoning(
         memory 1 and 1, where the map of a concept or image stays in cache), but on Triton 3 reads where a dynamic
         sampler's concept has more than 16384 numbers an image.
     """
-    out, *statistics = vcr_middle(
+    _, (out, *statistics) = vcr_middle(
         backend,
         (
             y,
@@ -131,8 +131,10 @@ def visual_concept_reasoning(
     return MiddleOutput(out, *statistics)
 
 
-def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool) -> tuple[Any, ...]:
-    """Run the middle on the arguments of the op's schema, less ``save``: (out, the four statistics of the batch).
+def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool) -> tuple[str, tuple[Any, ...]]:
+    """Run the middle on the arguments of the op's schema, less ``save``.
+
+    Returns the name of the backend that ran, and (out, the four statistics of the batch).
 
     checked: the caller has seen to what costs much to look at here: the parameters' shapes, a batch with one value per
         channel, statistics that require grad. The fast path then looks at types only, and explains what the op refuses.
@@ -147,7 +149,7 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
     if name == "composite":
         if checked and not compiling:
             checks.check_vcr_middle(*arguments)
-        return composite.vcr_middle(*arguments)
+        return name, composite.vcr_middle(*arguments)
     dtype = y.dtype
     for argument in arguments[1:18]:
         if argument is not None and argument.dtype is not dtype and argument.dtype is not torch.float32:
@@ -158,14 +160,14 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
     training = torch.is_grad_enabled() and (y.requires_grad or needs_grad(*arguments[1:18]))
     if compiling:
         # The op's own autograd formula is traced as it is.
-        return _forward(*arguments, training and not exporting())[:5]
+        return name, _forward(*arguments, training and not exporting())[:5]
     try:
         if training:
             statistics: list[Tensor] = []
-            return _apply(name, statistics, *arguments), *statistics
+            return name, (_apply(name, statistics, *arguments), *statistics)
         run = _forward if name == "cpp" else as_run_by(name, _forward, y)
         with torch._C._AutoDispatchBelowAutograd():
-            return run(*arguments, False)[:5]
+            return name, run(*arguments, False)[:5]
     except (RuntimeError, ValueError):
         checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
         raise
