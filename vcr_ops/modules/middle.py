@@ -21,7 +21,7 @@ from .batch_norm import (
 )
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
-from .running_stats import by_triton, update_running_stats
+from .running_stats import is_launched, update_running_stats
 from .sampler import ConceptSampler
 
 
@@ -138,7 +138,7 @@ def run_middle(
     if synced:
         found = vcr_middle_synced(backend, arguments, norm_group, state_group)
     else:
-        found = vcr_middle(backend, arguments, checked=checked)
+        name, found = vcr_middle(backend, arguments, checked=checked)
     out, batch_mean, batch_var, batch_state_mean, batch_state_var = found
     updates = []
     if norm == "batch":
@@ -147,7 +147,7 @@ def run_middle(
         updates.append((state_bn, batch_state_mean, batch_state_var))
     if not synced:
         if updates:
-            update_running_stats(updates, y.shape[0] == 0, by_triton(backend, y))
+            update_running_stats(updates, y.shape[0] == 0, name == "triton" and is_launched(y))
         return out
     for update in updates:  # what others have counts where this process has no images
         update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)
