@@ -33,6 +33,7 @@ void run(const Args& args) {
   const Workspace workspace(carve.used);
   HostRunner& runner = host_runner();
   runner.status = {};
+  runner.launched.clear();
   if (!launch.run(runner, workspace.data()).ok()) simt::fail("a launch was refused");
 }
 
