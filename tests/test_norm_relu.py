@@ -205,7 +205,9 @@ def near_kink(y: Tensor, bn: Any, shortcut: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("layout", FORMATS)
 def test_gradcheck(layout: str, shortcut: bool, affine: bool) -> None:
     torch.manual_seed(0)
-    y, other = (torch.randn(3, 5, 4, 3, dtype=torch.float64).contiguous(memory_format=FORMATS[layout]) for _ in range(2))
+    y, other = (
+        torch.randn(3, 5, 4, 3, dtype=torch.float64).contiguous(memory_format=FORMATS[layout]) for _ in range(2)
+    )
     weight, bias = torch.randn(2, 5, dtype=torch.float64)
     inputs = [y, weight if affine else None, bias if affine else None, 1e-3, other if shortcut else None]
     for x in inputs:
