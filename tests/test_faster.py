@@ -68,12 +68,26 @@ def test_nearest_measurement_of_the_same_kind_decides(table) -> None:
     assert faster.faster("sm_80", size) is None
 
 
-def test_measuring_again_replaces_what_was_measured_on_such_a_gpu(table) -> None:
+def test_measuring_again_replaces_the_cases_that_were_measured_again(table) -> None:
     table(row(), row("sm_80"))
     table(row(backend="triton"))
     found = json.loads(faster.PATH.read_text())
     assert [(r["arch"], r["backend"]) for r in found["rows"]] == [("sm_80", "cuda"), ("sm_90", "triton")]
-    assert found["about"] == [{"archs": ["sm_90"], "gpu": "made up"}]
+    assert [each["archs"] for each in found["about"]] == [["sm_80", "sm_90"], ["sm_90"]]
+
+
+def test_a_measurement_that_was_cut_short_leaves_the_other_cases_as_they_were(table) -> None:
+    batches = (1, 8, 64, 256)
+    table(*(row(batch=batch, backend="triton") for batch in batches))
+    faster.replace([row(batch=1)], {"gpu": "another day"}, faster.PATH)
+    found = json.loads(faster.PATH.read_text())
+    assert [(r["batch"], r["backend"]) for r in found["rows"]] == [
+        (batch, "cuda" if batch == 1 else "triton") for batch in batches
+    ]
+    assert faster.faster("sm_90", Size("training", "bfloat16", "contiguous", 256, 128, 3136)) == "triton"
+    assert [each["gpu"] for each in found["about"]] == ["made up", "another day"]
+    table(*(row(batch=batch, backend="triton") for batch in batches))
+    assert [each["gpu"] for each in json.loads(faster.PATH.read_text())["about"]] == ["made up"]
 
 
 def test_auto_takes_the_faster_and_says_why(table, monkeypatch) -> None:

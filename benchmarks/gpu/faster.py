@@ -2,7 +2,7 @@
 
 Every stage, memory format, dtype and batch, training and evaluation, each as a replayed CUDA graph from a flushed L2,
 in turn. A side whose results aren't the other's but for rounding has no say: the case is reported, and left out of the
-table. ``--write`` puts the outcome into vcr_ops/faster.json in the place of what was measured on such a GPU before.
+table. ``--write`` puts the outcome into vcr_ops/faster.json, in the place of the same cases alone.
 """
 
 from __future__ import annotations
