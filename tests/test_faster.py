@@ -1,11 +1,15 @@
 """Which of a GPU's backends "auto" takes: the table of measurements, the choice, and the function that makes it when a
 compiled call runs. No GPU is needed: what is measured is made up here."""
 
+import functools
 import json
+import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import vcr_ops
 from benchmarks.cases import Case as Timed
 from benchmarks.gpu import faster as benchmark
 from benchmarks.gpu.rehearsal import Rehearsal
@@ -15,12 +19,27 @@ from vcr_ops import backend, faster, library
 from vcr_ops.backend import Case, choose, runs_on
 from vcr_ops.faster import Size, size_of
 from vcr_ops.ops import dispatch
+from vcr_ops.ops.concept_reason import op as concept_reason
 
 
 def row(arch="sm_90", **changes):
     size = Size("training", "bfloat16", "contiguous", 64, 128, 3136)._asdict() | changes
     backend = size.pop("backend", "cuda")
     return {"arch": arch, **size, "backend": backend, "ratio": 1.2}
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """A GPU of sm_90 that the CUDA library is built for. ``with_cuda(problem, archs)`` says what is wrong with the
+    library, and with what it was compiled for."""
+    monkeypatch.setattr(backend, "arch_of", lambda number: "sm_90")
+
+    def put(problem=None, archs=None):
+        monkeypatch.setattr(library, "_cuda_problem", problem)
+        monkeypatch.setattr(backend, "_built_for", {0: archs, None: archs})  # the tensors' device is the CPU
+
+    put()
+    return put
 
 
 @pytest.fixture
@@ -90,8 +109,7 @@ def test_a_measurement_that_was_cut_short_leaves_the_other_cases_as_they_were(ta
     assert [each["gpu"] for each in json.loads(faster.PATH.read_text())["about"]] == ["made up"]
 
 
-def test_auto_takes_the_faster_and_says_why(table, monkeypatch) -> None:
-    monkeypatch.setattr(backend, "arch_of", lambda number: "sm_90")
+def test_auto_takes_the_faster_and_says_why(table, with_cuda) -> None:
     size = Size("training", "bfloat16", "contiguous", 64, 128, 3136)
     case = Case("cuda", size=size)
     chosen, reason = choose("auto", case)
@@ -109,22 +127,29 @@ def test_auto_takes_the_faster_and_says_why(table, monkeypatch) -> None:
     assert choose(None, case._replace(tracing="torch.func"))[0].name == "composite"
 
 
-def test_the_dispatch_key_s_function_chooses_as_auto_does(table, monkeypatch) -> None:
+@pytest.fixture
+def run(monkeypatch):
+    """``run(op, *args)`` calls what is behind the key CUDA; ``run.calls`` has the backends that were taken."""
+    ops = {name: getattr(torch.ops.vcr_ops, name).default for name in library.OPS}
+
+    def call(name, *args):
+        dispatch._serve(ops[name], "CUDA", ("triton", "cuda"))(*args)
+
+    call.calls = []
+    for name, op in ops.items():
+        for each in ("triton", "cuda"):
+            taken = functools.partial(lambda *args, taken: call.calls.append(taken), taken=(name, each))
+            monkeypatch.setitem(dispatch._functions, (op, each), taken)
+    return call
+
+
+def test_the_dispatch_key_s_function_chooses_as_auto_does(table, with_cuda, run) -> None:
     """Forward and backward alike, for only the one that has saved something can read it."""
-    monkeypatch.setattr(backend, "arch_of", lambda number: "sm_90")
     table(
         row(dtype="float32", batch=2, channels=12, positions=20),
         row(mode="evaluation", dtype="float32", backend="triton"),
     )
-    calls = []
-    ops = {name: getattr(torch.ops.vcr_ops, name).default for name in library.OPS}
-    for name, op in ops.items():
-        for each in ("triton", "cuda"):
-            monkeypatch.setitem(dispatch._functions, (op, each), lambda *args, call=(name, each): calls.append(call))
     y, none = feature_map(2, 12, 4, 5), [None] * 23
-
-    def run(name, *args):
-        dispatch._serve(ops[name], "CUDA", ("triton", "cuda"))(*args)
 
     run("vcr_middle", y, *none, True)
     run("vcr_middle_backward", y, y, *none)
@@ -135,7 +160,7 @@ def test_the_dispatch_key_s_function_chooses_as_auto_does(table, monkeypatch) ->
         run("vcr_middle", y, *none, True)
     with backend.use_backend("cuda"):
         run("concept_reason", y)
-    assert calls == [
+    assert run.calls == [
         ("vcr_middle", "cuda"),
         ("vcr_middle_backward", "cuda"),
         ("vcr_middle", "triton"),
@@ -144,6 +169,50 @@ def test_the_dispatch_key_s_function_chooses_as_auto_does(table, monkeypatch) ->
         ("vcr_middle", "triton"),
         ("concept_reason", "cuda"),
     ]
+
+
+NOT_THERE = "CUDA C\\+\\+ was measured to be faster at such sizes on sm_90, but isn't there: "
+
+
+def test_auto_takes_triton_where_the_faster_library_is_not_there(table, with_cuda, run, monkeypatch) -> None:
+    table(row(dtype="float32", batch=2, channels=12, positions=20))
+    y, none = feature_map(2, 12, 4, 5), [None] * 23
+    case = Case("cuda", size=size_of(y, True))
+    monkeypatch.setattr(backend, "_checked", {("cuda", 0): None})
+    assert backend.resolve("auto", case).name == "cuda"
+    run("vcr_middle", y, *none, True)
+    assert run.calls == [("vcr_middle", "cuda")]
+    for why, problem, archs in (
+        ("its kernels aren't built", "its kernels aren't built", None),
+        ("its kernels are compiled for 8.0", None, "its kernels are compiled for 8.0"),
+    ):
+        with_cuda(problem, archs)
+        chosen, reason = choose("auto", case)
+        assert chosen.name == backend.resolve("auto", case).name == "triton"
+        assert re.fullmatch(f"auto takes it: {NOT_THERE}{why}", reason)
+        run.calls.clear()
+        run("vcr_middle", y, *none, True)
+        run("vcr_middle_backward", y, y, *none)
+        assert run.calls == [("vcr_middle", "triton"), ("vcr_middle_backward", "triton")]
+        with pytest.raises(RuntimeError, match=rf"'cuda' can't run here \(the keyword backend names it\): {why}"):
+            backend.resolve("cuda", case)
+    # and where Triton isn't there either, that is said, with both reasons
+    monkeypatch.setattr(backend, "_checked", {("cuda", 0): "Triton isn't installed"})
+    with pytest.raises(RuntimeError, match=f"'triton' can't run here .*{NOT_THERE}.*: Triton isn't installed"):
+        backend.resolve("auto", case)
+
+
+def test_only_a_map_s_size_is_one_that_backends_were_compared_at(monkeypatch) -> None:
+    """States have none, in eager mode as behind the dispatch key: else a compiled call would choose otherwise."""
+    monkeypatch.setattr(backend, "_is_fake", lambda z: False)
+    with FakeTensorMode():
+        h, edge = torch.empty(2, 3, 4, device="cuda"), torch.empty(4, 3, device="cuda")
+    assert backend.case_of(h).size == size_of(h, True)
+    assert backend.case_of(h, is_map=False).size is None
+    monkeypatch.setattr(concept_reason, "resolve", lambda requested, case: asked.append(case) or backend._COMPOSITE)
+    asked = []
+    vcr_ops.concept_reason(h, edge)
+    assert [case.size for case in asked] == [None]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +235,7 @@ def test_what_code_runs_on(archs, capability, runs) -> None:
 
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch) -> None:
     monkeypatch.setattr(library, "_cuda_problem", None)
+    monkeypatch.setattr(backend, "_built_for", {})
     monkeypatch.setattr(library, "cuda_archs", lambda: ["8.0", "9.0"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (12, 0))
