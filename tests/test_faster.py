@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vcr_ops
+from benchmarks import __main__ as benchmarks
 from benchmarks.cases import Case as Timed
 from benchmarks.gpu import faster as benchmark
 from benchmarks.gpu.rehearsal import Rehearsal
@@ -266,3 +267,12 @@ def test_backends_that_disagree_have_no_winner(monkeypatch) -> None:
     rows = benchmark.compare(Timed("middle", "train", 1, 2, "float32", image_size=32), Rehearsal(), 0.01)
     assert all(r.winner is None and "disagree: d x by" in r.reason for r in rows)
     assert benchmark.entries(rows, "sm_90") == []
+
+
+def test_a_rehearsal_is_not_written(table, capsys) -> None:
+    """Before anything is run: what it would have to say is of no GPU."""
+    before = faster.PATH.read_text()
+    assert benchmarks.main(["faster", "--device", "rehearsal", "--write"]) == 1
+    said = "ValueError: --write puts a GPU's times into the shipped table; --device rehearsal has none\n"
+    assert capsys.readouterr().err == said
+    assert faster.PATH.read_text() == before

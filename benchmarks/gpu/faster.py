@@ -141,8 +141,14 @@ def table(rows: Sequence[FasterRow]) -> str:
 
 
 def main(device_name: str, argv: Sequence[str]) -> int:
-    """Run the command; returns 0, or 1 where a backend can't run or disagrees, or the run was interrupted."""
+    """Run the command; returns 0, or 1 where a backend can't run or disagrees, or the run was interrupted.
+
+    Raises:
+        ValueError: --write on another device than "cuda", whose times mean nothing.
+    """
     options = options_of(argv)
+    if options.write and device_name != "cuda":
+        raise ValueError(f"--write puts a GPU's times into the shipped table; --device {device_name} has none")
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
     results = Results("faster", device, ["faster", "--device", device_name, *argv], _stem(options, "faster"))
