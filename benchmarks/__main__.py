@@ -42,7 +42,8 @@ commands (none: run):
   headlines the figures that a GPU's results files are looked at for
   train     train small networks with each system on real images; also under torchrun
   tune      time configurations of the Triton kernels on this GPU, and put the fastest into the shipped table
-  faster    time the Triton kernels beside the CUDA C++ ones on this GPU, and write the table that "auto" goes by
+  faster    time the Triton kernels beside the CUDA C++ ones on this GPU; with --write, put what is faster into the table
+            that "auto" goes by
 `run` and `passes` take --device cuda, which has options of its own.
 `python -m benchmarks COMMAND --help` shows a command's options.
 """

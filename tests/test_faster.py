@@ -272,7 +272,23 @@ def test_backends_that_disagree_have_no_winner(monkeypatch) -> None:
 def test_a_rehearsal_is_not_written(table, capsys) -> None:
     """Before anything is run: what it would have to say is of no GPU."""
     before = faster.PATH.read_text()
-    assert benchmarks.main(["faster", "--device", "rehearsal", "--write"]) == 1
+    assert benchmarks.main(["faster", "--device", "rehearsal", "--write", "--seconds", "0"]) == 1
     said = "ValueError: --write puts a GPU's times into the shipped table; --device rehearsal has none\n"
     assert capsys.readouterr().err == said
     assert faster.PATH.read_text() == before
+
+
+def test_the_command_is_the_one_that_is_named(capsys) -> None:
+    (said,) = re.findall(r"``python -m benchmarks (.*?)``", faster.__doc__)
+    command, *arguments = said.split()
+    assert command in benchmarks.COMMANDS
+    device, rest = benchmarks._device(command, arguments)
+    assert device == "cuda"
+    assert benchmark.options_of(rest).write
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "with --write, put what is faster into the table that " in shown
+    with pytest.raises(SystemExit):
+        benchmarks.main(["faster", "--help"])
+    assert "is written only with --write." in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,7 @@
-"""Which of a GPU's two backends is the faster: a table that ``python -m benchmarks --device cuda faster`` writes."""
+"""Which of a GPU's two backends is the faster: a table of measurements, case by case.
+
+``python -m benchmarks faster --device cuda --write`` measures and writes it; without ``--write`` it stays as it is.
+"""
 
 import functools
 import json

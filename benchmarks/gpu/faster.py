@@ -40,7 +40,8 @@ class FasterRow(GpuRow):
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks faster --device DEVICE",
-        description="Time Triton's kernels beside CUDA C++'s, and say which backend is the faster where.",
+        description="Time Triton's kernels beside CUDA C++'s, and say which backend is the faster where. The "
+        "table that auto goes by is written only with --write.",
     )
     add = parser.add_argument
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
@@ -54,7 +55,7 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--output", type=Path, metavar="STEM", help="write STEM.json and STEM.csv (default: benchmarks/out/faster-DATE)"
     )
-    add("--write", action="store_true", help="write vcr_ops/faster.json")
+    add("--write", action="store_true", help="put what is faster into vcr_ops/faster.json, case by case")
     return parser.parse_args(list(argv))
 
 
