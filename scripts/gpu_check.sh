@@ -18,8 +18,8 @@
 #
 # The parts: build the ops, for this GPU alone; warm: compile Triton's kernels for it, on all processors; tests and large
 # (past 2^31 elements): with each backend; memcheck and racecheck (the latter of the CUDA kernels alone): compute-sanitizer;
-# passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json; bench: the
-# middle, block and network beside their alternatives.
+# passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json (copied to
+# OUTDIR/faster_table.json); bench: the middle, block and network beside their alternatives.
 #
 # PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools, ninja and
 # nvcc; pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.
@@ -262,6 +262,8 @@ run_part() {
     timeout -k 10 "${limit[$name]}" "${words[@]}" >>"$log" 2>&1
     status=$?
     tail -n 12 "$log"
+    # what this GPU's measurements have made of the table
+    [ "$name" != faster ] || cp vcr_ops/faster.json "$outdir/faster_table.json"
   fi
   case $status in
     0) outcome=passed ;;

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vcr_ops
 from benchmarks import __main__ as benchmarks
 from benchmarks.cases import Case as Timed
+from benchmarks.gpu import command
 from benchmarks.gpu import faster as benchmark
 from benchmarks.gpu.rehearsal import Rehearsal
 from benchmarks.providers import Workload
@@ -50,7 +51,7 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setattr(faster, "PATH", path)
 
     def put(*rows):
-        faster.replace(list(rows), {"gpu": "made up"}, path)
+        faster.replace(list(rows), {"gpu": "made up"})
 
     put()
     yield put
@@ -99,7 +100,7 @@ def test_measuring_again_replaces_the_cases_that_were_measured_again(table) -> N
 def test_a_measurement_that_was_cut_short_leaves_the_other_cases_as_they_were(table) -> None:
     batches = (1, 8, 64, 256)
     table(*(row(batch=batch, backend="triton") for batch in batches))
-    faster.replace([row(batch=1)], {"gpu": "another day"}, faster.PATH)
+    faster.replace([row(batch=1)], {"gpu": "another day"})
     found = json.loads(faster.PATH.read_text())
     assert [(r["batch"], r["backend"]) for r in found["rows"]] == [
         (batch, "cuda" if batch == 1 else "triton") for batch in batches
@@ -292,3 +293,57 @@ def test_the_command_is_the_one_that_is_named(capsys) -> None:
     with pytest.raises(SystemExit):
         benchmarks.main(["faster", "--help"])
     assert "is written only with --write." in " ".join(capsys.readouterr().out.split())
+
+
+class Card(Rehearsal):
+    """The CPU under the name of a GPU."""
+
+    def describe(self):
+        return super().describe() | {"gpu": "NVIDIA H100", "capability": "9.0"}
+
+
+SMALL = ["--stages", "1", "--image-size", "32", "--batch", "2", "--layouts", "contiguous", "--case-seconds", "0.01"]
+
+
+def test_what_was_measured_is_put_into_the_table(table, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(command.DEVICES, "cuda", Card)
+    table(row(), row(mode="training", dtype="bfloat16", batch=2, positions=64, backend="another"))
+    before = faster.PATH.read_text()
+    arguments = [*SMALL, "--dtype", "bfloat16", "--output", str(tmp_path / "timed")]
+    assert benchmarks.main(["faster", "--device", "cuda", *arguments]) == 0
+    assert faster.PATH.read_text() == before
+    assert "wrote 2 cases" not in capsys.readouterr().out
+    assert benchmarks.main(["faster", "--device", "cuda", *arguments, "--write"]) == 0
+    assert f"wrote 2 cases into {faster.PATH}" in capsys.readouterr().out
+    found = json.loads(faster.PATH.read_text())
+    assert [(r["arch"], r["mode"], r["batch"], r["channels"], r["positions"]) for r in found["rows"]] == [
+        ("sm_90", "evaluation", 2, 128, 64),
+        ("sm_90", "training", 2, 128, 64),
+        ("sm_90", "training", 64, 128, 3136),
+    ]
+    timed = json.loads((tmp_path / "timed.json").read_text())
+    winners = {r["mode"]: r["winner"] for r in timed["rows"]}
+    assert [r["backend"] for r in found["rows"]] == [winners["eval"], winners["train"], "cuda"]
+    assert [each["gpu"] for each in found["about"]] == ["made up", "NVIDIA H100"]
+    assert {"date", "commit"} < found["about"][1].keys()
+    size = Size("evaluation", "bfloat16", "contiguous", 2, 128, 64)
+    assert faster.faster("sm_90", size) == winners["eval"]  # without a new process
+
+
+def test_a_run_that_is_cut_short_writes_what_it_has(table, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(command.DEVICES, "cuda", Card)
+    compare, calls = benchmark.compare, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return compare(*args)
+
+    monkeypatch.setattr(benchmark, "compare", stopped)
+    arguments = [*SMALL, "--output", str(tmp_path / "timed"), "--write"]
+    assert benchmarks.main(["faster", "--device", "cuda", *arguments]) == 1
+    assert len(json.loads(faster.PATH.read_text())["rows"]) == 1
+    assert benchmarks.main(["faster", "--device", "cuda", *arguments, "--seconds", "0"]) == 0
+    assert f"nothing was compared: {faster.PATH} stays as it is" in capsys.readouterr().out
+    assert len(json.loads(faster.PATH.read_text())["rows"]) == 1

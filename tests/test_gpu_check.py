@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -102,6 +103,13 @@ def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path):
     assert "takes one of 'auto'" in (tmp_path / "memcheck.log").read_text()
     assert (tmp_path / "passes-triton.json").is_file()
     assert "training step of the middle: at most" in done.stdout
+
+
+def test_the_table_of_the_faster_backend_is_copied(tmp_path):
+    done = check("--rehearse", "--only", "faster", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "faster_table.json").read_text() == (ROOT / "vcr_ops/faster.json").read_text()
+    assert json.loads((tmp_path / "faster.json").read_text())["kind"] == "gpu-faster"
 
 
 def rehearse(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

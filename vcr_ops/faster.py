@@ -67,7 +67,7 @@ def arch_of(number: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any], path: Path = PATH) -> None:
+def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any]) -> None:
     """Put rows into the table; each takes the place of the one of its case (architecture and size), the others stay.
 
     rows: arch, the fields of :class:`Size`, backend and ratio (the other's time over its). measured_by: the GPU, the
@@ -77,7 +77,7 @@ def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any], path: Path 
     def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["arch"], *(row[name] for name in Size._fields)
 
-    table = json.loads(path.read_text()) if path.is_file() else {"about": [], "rows": []}
+    table = json.loads(PATH.read_text()) if PATH.is_file() else {"about": [], "rows": []}
     measured = {case_of(row): row for row in rows}
     older = [row for row in table["rows"] if case_of(row) not in measured]
     about = {"archs": sorted({row["arch"] for row in rows}), **measured_by}
@@ -87,6 +87,6 @@ def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any], path: Path 
         abouts.append(about)
     lines = ",\n".join("    " + json.dumps(row) for row in sorted([*older, *measured.values()], key=case_of))
     text = f'{{\n  "about": {json.dumps(abouts)},\n  "rows": [' + (f"\n{lines}\n  " if lines else "") + "]\n}\n"
-    path.write_text(text)
+    PATH.write_text(text)
     _rows.cache_clear()
     faster.cache_clear()

@@ -174,5 +174,7 @@ def main(device_name: str, argv: Sequence[str]) -> int:
         faster.replace(
             found, {"gpu": about["gpu"], "date": results.about["date"][:10], "commit": results.about["commit"]}
         )
-        print(f"wrote {faster.PATH}")
+        print(f"wrote {len(found)} cases into {faster.PATH}")
+    elif options.write:
+        print(f"nothing was compared: {faster.PATH} stays as it is")
     return 1 if results.failed else 0
