@@ -77,7 +77,7 @@ def _common(parser: argparse.ArgumentParser, command: str, seconds: float) -> No
 
 
 def _shapes(parser: argparse.ArgumentParser, batches: str) -> None:
-    from .cases import IMAGE_SIZE, LAYOUTS, MODES, STAGES
+    from .cases import DTYPES, IMAGE_SIZE, LAYOUTS, MODES, STAGES
 
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument(
@@ -90,7 +90,11 @@ def _shapes(parser: argparse.ArgumentParser, batches: str) -> None:
     )
     parser.add_argument("--batch", nargs="+", type=_positive, default=[16], metavar="N", help=batches)
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="default: float32"
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["float32"],
+        help="default: float32; float16: on a GPU alone",
     )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: both, the network in contiguous alone")
     parser.add_argument(
@@ -462,6 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*headlines(_parser(command).parse_args(rest).files), sep="\n")
             return 0
         options = _parser(command).parse_args(rest)
+        from .cases import check_dtypes
+
+        check_dtypes(getattr(options, "dtype", ()), device)
         return {
             "run": run,
             "tables": tables,

@@ -4,6 +4,7 @@ compiled call runs. No GPU is needed: what is measured is made up here."""
 import functools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vcr_ops
 from benchmarks import __main__ as benchmarks
 from benchmarks.cases import Case as Timed
+from benchmarks.cases import Inputs, expand
 from benchmarks.gpu import command
 from benchmarks.gpu import faster as benchmark
 from benchmarks.gpu.rehearsal import Rehearsal
-from benchmarks.providers import Workload
+from benchmarks.providers import PROVIDERS, Workload
 from tests.small import feature_map
 from vcr_ops import backend, faster, library
 from vcr_ops.backend import Case, choose, runs_on
@@ -347,3 +349,57 @@ def test_a_run_that_is_cut_short_writes_what_it_has(table, tmp_path, monkeypatch
     assert benchmarks.main(["faster", "--device", "cuda", *arguments, "--seconds", "0"]) == 0
     assert f"nothing was compared: {faster.PATH} stays as it is" in capsys.readouterr().out
     assert len(json.loads(faster.PATH.read_text())["rows"]) == 1
+
+
+def cases_of(*dtypes):
+    return benchmark.in_order(
+        expand(
+            ["middle"], ["train", "eval"], [1, 2, 3, 4], [1, 8, 64, 256], [], dtypes, ["contiguous", "channels_last"]
+        )
+    )
+
+
+def test_a_cut_leaves_a_spread() -> None:
+    cases = cases_of("bfloat16", "float32", "float16")
+    assert len(cases) == len(set(cases)) == 3 * 4 * 16
+    groups = list(dict.fromkeys((case.dtype, case.batch) for case in cases))
+    assert groups[:4] == [("bfloat16", 256), ("bfloat16", 1), ("float32", 256), ("float32", 1)]
+    assert groups[4:8] == [("bfloat16", 8), ("bfloat16", 64), ("float32", 8), ("float32", 64)]
+    assert groups[8:] == [("float16", batch) for batch in (256, 1, 8, 64)]
+    for at in range(0, len(cases), 16):  # every stage in both modes and formats before the next batch
+        assert len({(case.stage, case.mode, case.layout) for case in cases[at : at + 16]}) == 16
+
+
+def test_float16_is_compared_on_a_gpu_and_refused_on_the_cpu(tmp_path, monkeypatch, capsys) -> None:
+    compared = []
+    monkeypatch.setattr(benchmark, "compare", lambda case, *rest: compared.append(case) or [])
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(Rehearsal, "name", name)
+        arguments = ["faster", "--device", "rehearsal", "--output", str(tmp_path / "timed")]
+        assert benchmarks.main(arguments) == 0
+        dtypes = ["bfloat16", "float32", *(["float16"] if name == "cuda" else [])]
+        assert sorted({case.dtype for case in compared}) == sorted(dtypes)
+        compared.clear()
+    monkeypatch.undo()
+    for arguments in (
+        ["faster", "--device", "rehearsal"],
+        ["passes", "--device", "rehearsal"],
+        ["--device", "rehearsal"],
+        ["passes"],
+        [],
+    ):
+        capsys.readouterr()
+        assert benchmarks.main([*arguments, "--dtype", "bfloat16", "float16"]) == 1
+        said = "ValueError: --dtype float16 is for GPUs: on the CPU maps are float32 or bfloat16\n"
+        assert capsys.readouterr().err == said
+
+
+def test_float16_maps_have_float32_parameters_beside_them() -> None:
+    case = Timed("middle", "eval", 1, 2, "float16")
+    assert all(p.dtype == torch.float32 for p in PROVIDERS["composite"].module(case).parameters())
+    inputs = Inputs(torch.zeros(1, 3, 4, 4, dtype=torch.float16), None, None, {})
+    asked = []
+    block = Workload(replace(case, level="block"), torch.nn.Identity(), inputs)
+    block.call = lambda x: asked.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))) or x
+    block.run()
+    assert asked == [(True, torch.float16)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cases import IMAGE_SIZE, LAYOUTS, LEVELS, MODES, STAGES, Case, expand
+from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, LEVELS, MODES, STAGES, Case, check_dtypes, expand
 from ..machine import describe
 from ..photographs import image_batch, images_for
 from ..providers import Provider
@@ -50,7 +50,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     add("--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="default: all")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16"], help="default: bfloat16")
+    add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"], help="default: bfloat16")
     add("--image-size", type=int, default=IMAGE_SIZE, metavar="PIXELS", help=f"default: {IMAGE_SIZE}")
     add(
         "--output",
@@ -260,6 +260,7 @@ def main(command: str, device_name: str, argv: Sequence[str]) -> int:
     options = _parser(command).parse_args(list(argv))
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
+    check_dtypes(options.dtype, device.name)
     if options.backend is not None:
         if options.backend not in device.backends:
             raise ValueError(f"--backend is {options.backend!r}; it takes one of {', '.join(device.backends)}")
