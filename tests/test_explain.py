@@ -7,10 +7,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import vcr_ops
 from tests.small import BACKENDS, block, feature_map, middle
+from vcr_ops import backend as backends
 from vcr_ops import library
+from vcr_ops.backend import Case
+from vcr_ops.faster import Size, size_of
 
 
 @pytest.mark.parametrize("modulation, sampler", [("channel", "dynamic"), ("pixel", "static"), ("channel", "pool")])
@@ -76,6 +80,49 @@ def test_the_block_s_map() -> None:
     assert vcr_ops.explain(b, x.to(memory_format=torch.channels_last)).map_format == "channels_last"
     with torch.autocast("cpu"):
         assert vcr_ops.explain(b, x).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain takes CPU tensors for a GPU's, fake ones for fake ones, and CUDA C++ for the faster at 15 channels."""
+
+    def case_of(z: torch.Tensor) -> Case:
+        fake = isinstance(z, FakeTensor)
+        return Case("cuda", fake=fake, size=None if fake else size_of(z, torch.is_grad_enabled()))
+
+    monkeypatch.setattr(sys.modules["vcr_ops.explain"], "case_of", case_of)
+    monkeypatch.setattr(backends, "arch_of", lambda number: "sm_90")
+    monkeypatch.setattr(library, "_cuda_problem", None)
+    monkeypatch.setattr(backends, "_built_for", {0: None})
+    monkeypatch.setattr(backends, "_checked", {("cuda", 0): "Triton isn't installed"})
+    taken = {12: None, 15: "cuda", 18: "triton"}
+
+    def faster(arch: str, size: Size) -> str | None:
+        return taken[size.channels] if size.mode == "training" else "triton"
+
+    monkeypatch.setattr(backends, "faster", faster)
+
+
+@pytest.mark.parametrize("planes, base_width", [(4, 64), (4, 80), (4, 96)])
+def test_a_block_is_told_the_backend_of_its_map(as_if_on_a_gpu: None, planes: int, base_width: int) -> None:
+    """By its convolutions' shape and strides: the same as is told of the map itself."""
+    b = vcr_ops.VCRBlock(16, planes, stride=2, groups=3, base_width=base_width)
+    m = vcr_ops.VisualConceptReasoning(3 * base_width // 16, 3)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = feature_map(2, 16, 7, 6).contiguous(memory_format=form)
+        y = feature_map(2, 3 * base_width // 16, 4, 3).contiguous(memory_format=form)
+        of_the_map, said = vcr_ops.explain(m, y), vcr_ops.explain(b, x)
+        assert (said.shape, said.map_format) == (of_the_map.shape, of_the_map.map_format)
+        assert (said.backend, said.reason, said.why_not) == (of_the_map.backend, of_the_map.reason, of_the_map.why_not)
+        assert said.backend == ("cuda" if base_width == 80 else "triton")
+        assert said.why_not == (None if base_width == 80 else "Triton isn't installed")
+        assert ("no other was measured at such sizes" in said.reason) == (base_width == 64)
+        note = "grad mode decides: in evaluation it is triton, whose passes are not these"
+        assert (note in said.notes) == (base_width == 80)
+        with torch.no_grad():
+            said = vcr_ops.explain(b, x)
+        assert said.backend == "triton"
+        assert (note.replace("evaluation it is triton", "training it is cuda") in said.notes) == (base_width == 80)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

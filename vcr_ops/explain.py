@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import checks, flops, library
 from .backend import case_of, choose
+from .faster import size_of
 from .maps import map_format
 from .models.convert import ConvertedBlock
 from .modules.batch_norm import uses_batch_statistics
@@ -136,7 +137,9 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
     p = sampler.channels // sampler.concepts
     checks.check_concepts("y", y, "sampler.value", sampler.concepts, p)
-    case = case_of(y)
+    case = case_of(x)
+    if case.size is not None:  # a block's y has no memory; it is the map that backends are chosen for
+        case = case._replace(size=size_of(y, torch.is_grad_enabled()))
     backend, reason = choose(middle.backend, case)
     path = fused_path(norm, sampler, reasoner, modulator)
     groups = sync_groups(path, norm, reasoner)
@@ -178,6 +181,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         who = "the same passes, as ops of their own" if has_steps(backend.name) else "each norm's own passes"
         processes = max(group.size for group in synced)
         notes.append(f"training: batch statistics over {processes} processes, by {who}; small numbers are exchanged")
+    if case.size is not None:
+        mode = "training" if case.size.mode == "evaluation" else "evaluation"
+        other = choose(middle.backend, case._replace(size=case.size._replace(mode=mode)))[0]
+        if other is not backend:
+            notes.append(f"grad mode decides: in {mode} it is {other.name}, whose passes are not these")
     if path != "whole":
         notes.append("the norm's own passes are not counted")
     return Explanation(
