@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import vcr_ops
 from tests.small import BACKENDS, block, feature_map, middle
 from vcr_ops import backend as backends
-from vcr_ops import library
+from vcr_ops import cuda_plan, library
 from vcr_ops.backend import Case
 from vcr_ops.faster import Size, size_of
 
@@ -60,7 +60,36 @@ def test_text() -> None:
 def test_cuda_kernels() -> None:
     found = vcr_ops.explain(middle("cuda", sampler="pool"), feature_map(2, 12, 4, 5))
     assert [each.name for each in found.step("training forward").passes] == ["channel_stats", "concept_modulate"]
-    assert "evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip" in str(found)
+    # a map so small fits on any GPU
+    assert [(each.name, each.reads, each.writes) for each in found.step("evaluation").passes] == [
+        ("middle_evaluate", 1, 1)
+    ]
+    assert re.search(r"evaluation +1 +1 ", str(found))
+    assert "where an image's tiles fit on chip" not in str(found)
+
+
+@pytest.mark.parametrize("sampler, reads", [("dynamic", 3), ("pool", 2)])
+def test_cuda_kernels_on_a_map_that_fits_no_chip(sampler: str, reads: int) -> None:
+    """By the sizes: then the sampler needs the images' means first, and the modulator reads again."""
+    m, y = middle("cuda", sampler=sampler), feature_map(1, 12, 300, 300)
+    found = vcr_ops.explain(m, y)
+    assert (found.step("evaluation").reads, found.step("evaluation").writes) == (reads, 1)
+    assert found.step("training forward").reads == (3 if sampler == "dynamic" else 2)
+    assert "evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip" in found.notes
+    m.bn = vcr_ops.FrozenBatchNorm(12)
+    assert vcr_ops.explain(m, y).step("training forward").reads == reads
+
+
+def test_cuda_kernels_by_the_gpu_that_is_here(as_if_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """56 x 56 with messages between 32 concepts: a cluster has room for an image, a block has not."""
+    m, features = middle("cuda", channels=128, concepts=32), feature_map(16, 128, 56, 56)
+    h100, a100 = cuda_plan.Device(227 << 10, 132, True, 50 << 20), cuda_plan.Device(163 << 10, 108)
+    for device, y, reads in ((h100, features, 1), (a100, features.bfloat16(), 2), (a100, features, 3)):
+        monkeypatch.setattr(cuda_plan, "device_of", lambda number, device=device: device)
+        found = vcr_ops.explain(m, y)
+        assert found.why_not is None
+        assert (found.step("evaluation").reads, found.step("evaluation").writes) == (reads, 1)
+        assert found.bytes("evaluation") == (reads + 1) * found.map_bytes
 
 
 def test_it_runs_nothing_and_moves_nothing() -> None:
@@ -95,6 +124,7 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_cuda_problem", None)
     monkeypatch.setattr(backends, "_built_for", {0: None})
     monkeypatch.setattr(backends, "_checked", {("cuda", 0): "Triton isn't installed"})
+    monkeypatch.setattr(cuda_plan, "device_of", lambda number: cuda_plan.Device())
     taken = {12: None, 15: "cuda", 18: "triton"}
 
     def faster(arch: str, size: Size) -> str | None:
