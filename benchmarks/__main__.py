@@ -42,7 +42,8 @@ commands (none: run):
   headlines the figures that a GPU's results files are looked at for
   train     train small networks with each system on real images; also under torchrun
   tune      time configurations of the Triton kernels on this GPU, and put the fastest into the shipped table
-  faster    time the Triton kernels beside the CUDA C++ ones on this GPU, and write the table that "auto" goes by
+  faster    time the Triton kernels beside the CUDA C++ ones on this GPU; with --write, put what is faster into the table
+            that "auto" goes by
 `run` and `passes` take --device cuda, which has options of its own.
 `python -m benchmarks COMMAND --help` shows a command's options.
 """
@@ -76,7 +77,7 @@ def _common(parser: argparse.ArgumentParser, command: str, seconds: float) -> No
 
 
 def _shapes(parser: argparse.ArgumentParser, batches: str) -> None:
-    from .cases import IMAGE_SIZE, LAYOUTS, MODES, STAGES
+    from .cases import DTYPES, IMAGE_SIZE, LAYOUTS, MODES, STAGES
 
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument(
@@ -89,7 +90,11 @@ def _shapes(parser: argparse.ArgumentParser, batches: str) -> None:
     )
     parser.add_argument("--batch", nargs="+", type=_positive, default=[16], metavar="N", help=batches)
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="default: float32"
+        "--dtype",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["float32"],
+        help="default: float32; float16: on a GPU alone",
     )
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="default: both, the network in contiguous alone")
     parser.add_argument(
@@ -461,6 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(*headlines(_parser(command).parse_args(rest).files), sep="\n")
             return 0
         options = _parser(command).parse_args(rest)
+        from .cases import check_dtypes
+
+        check_dtypes(getattr(options, "dtype", ()), device)
         return {
             "run": run,
             "tables": tables,

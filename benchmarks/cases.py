@@ -8,7 +8,7 @@ that none stands at 0 or 1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,9 +22,16 @@ LEVELS = ("middle", "block", "network")
 MODES = ("train", "eval")
 LAYOUTS = ("contiguous", "channels_last")
 STAGES = (1, 2, 3, 4)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = (torch.bfloat16, torch.float16)  # maps of these types have float32 parameters beside them, as under autocast
 IMAGE_SIZE = 224
 DISTINCT = 64  # images; a larger batch repeats them
+
+
+def check_dtypes(dtypes: Iterable[str], device: str) -> None:
+    """Raise ValueError where a dtype has no maps on a device (torch's name of it)."""
+    if device == "cpu" and "float16" in dtypes:
+        raise ValueError("--dtype float16 is for GPUs: on the CPU maps are float32 or bfloat16")
 
 
 @dataclass(frozen=True)

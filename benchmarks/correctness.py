@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .cases import Case, Inputs, inputs_for
 from .providers import PROVIDERS, Provider, Workload
 
-# In bfloat16 a ReLU's argument near 0 can't be avoided, only averaged: more draws.
-DRAWS = {"float32": 5, "bfloat16": 15}
+# In half precision a ReLU's argument near 0 can't be avoided, only averaged: more draws.
+DRAWS = {"float32": 5, "bfloat16": 15, "float16": 15}
 NETWORK_DRAWS = 5
 # A ReLU's argument of less than this, relative to the root mean square, may round to either side of 0.
 KINK = 5e-6

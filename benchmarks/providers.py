@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cases import CONCEPTS, Case, Inputs
+from .cases import CONCEPTS, HALVES, Case, Inputs
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Provider:
     def module(self, case: Case, dtype: torch.dtype | None = None) -> nn.Module:
         """The module in the case's mode, dtype and layout, uncompiled; ``load`` gives it its parameters.
 
-        Parameters stay float32 beside a bfloat16 map, as under autocast.
+        Parameters stay float32 beside a bfloat16 or float16 map, as under autocast.
         """
         with torch.random.fork_rng(devices=[]):
             module = self.build(case)
         dtype = dtype or case.torch_dtype
-        module = module.to(dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
+        module = module.to(dtype=torch.float32 if dtype in HALVES else dtype)
         if case.level != "middle":
             module = module.to(memory_format=case.memory_format)  # type: ignore[call-overload]
         return module.train(case.mode == "train")
@@ -75,8 +75,8 @@ class Workload:
     """One provider's module on one case's inputs.
 
     ``step()`` is what is timed: the forward pass without grad mode (evaluation), or forward and backward with the
-    gradients of the input (not a network's) and of every parameter (training). Blocks and networks run bfloat16 under
-    autocast.
+    gradients of the input (not a network's) and of every parameter (training). Blocks and networks run bfloat16 and
+    float16 under autocast.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Workload:
         if compiled:
             self.call = torch.compile(module, dynamic=False, mode=mode)
         self.labels, self.grad_out = inputs.labels, inputs.grad_out
-        self.autocast = case.level != "middle" and inputs.x.dtype == torch.bfloat16
+        self.autocast = case.level != "middle" and inputs.x.dtype in HALVES
         self.x = inputs.x
         self.names = [name for name, _ in module.named_parameters()]
         self.wanted: list[Tensor] = list(module.parameters())
@@ -98,7 +98,7 @@ class Workload:
     def forward(self) -> Tensor:
         if not self.autocast:
             return self.call(self.x)
-        with torch.autocast(self.x.device.type, torch.bfloat16):
+        with torch.autocast(self.x.device.type, self.x.dtype):
             return self.call(self.x)
 
     def run(self) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -11,15 +11,16 @@
 #   --only PART...    these parts alone, of: build warm tests large memcheck racecheck passes faster bench
 #   --backend NAME    of triton and cuda this one alone (default: both; the part bench takes triton)
 #   --limit PART=S    S seconds for a part, more or fewer than by default
-#   --quick           fewer tests, and the benchmark of one stage: a look at whether everything runs, in 4 minutes
+#   --quick           fewer tests, and the benchmark of one stage: a look at whether everything runs, in at most 4 minutes
 #   --dry-run         print the commands and their limits, run nothing
 #   --rehearse        without a GPU: the tests and the benchmark on the CPU, where other backends stand in for Triton, and the
 #                     CUDA kernels are executed on the host; for a look at whether the scripts run, on small maps
 #
 # The parts: build the ops, for this GPU alone; warm: compile Triton's kernels for it, on all processors; tests and large
 # (past 2^31 elements): with each backend; memcheck and racecheck (the latter of the CUDA kernels alone): compute-sanitizer;
-# passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json; bench: the
-# middle, block and network beside their alternatives.
+# passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json (copied to
+# OUTDIR/faster_table.json); bench: the middle, block and network beside their alternatives, one stage's compiled ones first,
+# in its own time and what the parts before it have left of theirs.
 #
 # PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools, ninja and
 # nvcc; pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.
@@ -40,7 +41,10 @@ die() {
 
 self=$(realpath "$0")
 all=(build warm tests large memcheck racecheck passes faster bench)
+# Their sum is less than 8 minutes, and of the quick ones 4; a part with no time is left out.
 declare -A limit=([build]=75 [warm]=30 [tests]=90 [large]=30 [memcheck]=30 [racecheck]=25 [passes]=60 [faster]=50 [bench]=85)
+declare -A quick_limit=([build]=75 [warm]=20 [tests]=40 [large]=0 [memcheck]=20 [racecheck]=0 [passes]=30 [faster]=20 [bench]=35)
+declare -A own_limit=()
 chosen=() backends=(triton cuda) outdir='' quick='' dry='' rehearse=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -54,7 +58,7 @@ while [ $# -gt 0 ]; do
       ;;
     --limit)
       [[ ${2:-} =~ ^([a-z]+)=([0-9]+)$ && -n "${limit[${BASH_REMATCH[1]}]:-}" ]] || die "--limit takes PART=SECONDS, not '${2:-}'"
-      limit[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+      own_limit[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
       shift
       ;;
     --only)
@@ -91,12 +95,21 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 device=cuda workers=$(($(nproc) < 12 ? $(nproc) : 12))
 comma=$(IFS=, && echo "${backends[*]}")
 export VCR_OPS_GPU_BACKENDS=$comma
+if [ -n "$quick" ]; then
+  for name in "${all[@]}"; do limit[$name]=${quick_limit[$name]}; done
+fi
 if [ -n "$rehearse" ]; then
   device=rehearsal workers=2 limit[build]=900 limit[tests]=240 limit[large]=120
   export VCR_OPS_GPU_REHEARSAL=${VCR_OPS_GPU_REHEARSAL:-${comma/triton/cpp}} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   host=build/kernels/cuda-plain/ops.so
   [[ ,$VCR_OPS_GPU_REHEARSAL, != *,cuda,* ]] || export VCR_OPS_CUDA_ON_HOST=$PWD/$host
 fi
+
+for name in "${!own_limit[@]}"; do limit[$name]=${own_limit[$name]}; done
+total=0 # of the chosen parts
+for name in "${all[@]}"; do
+  case " ${chosen[*]} " in *" $name "*) total=$((total + limit[$name])) ;; esac
+done
 
 has_backend() {
   case " ${backends[*]} " in *" $1 "*) return 0 ;; *) return 1 ;; esac
@@ -144,9 +157,7 @@ part_warm() {
 }
 
 part_tests() {
-  local seconds=$((limit[tests] - 20))
-  [ -n "$quick" ] && seconds=25
-  pytest_words "$seconds"
+  pytest_words $((limit[tests] - 20))
   has xdist && words+=(-n "$workers")
   words+=(tests/gpu --ignore tests/gpu/test_large.py)
   [ -n "$quick" ] && words+=(-k "parity or graphs or block")
@@ -217,11 +228,10 @@ part_faster() {
 
 part_bench() {
   local seconds=$((limit[bench] - 25))
-  [ -n "$quick" ] && seconds=60
   bench_words
   [ ${#backends[@]} = 2 ] || words+=(--backend "$(stand_in "${backends[0]}")")
   [ -n "$rehearse" ] && words+=(--levels middle block --block-batch 2 --case-seconds 0.05)
-  [ -n "$quick" ] && words+=(--levels middle --layouts contiguous)
+  [ -n "$quick" ] && words+=(--levels middle --layouts contiguous) || words+=(--compiled-first $((seconds * 3 / 5)))
   words+=(--seconds "$seconds" --output "$outdir/run")
 }
 
@@ -240,7 +250,11 @@ report=() failed=0
 run_part() {
   local name=$1 words=() reason='' broken='' start=$SECONDS log status outcome note
   log=$outdir/$name.log
+  # the last part has what the others have left of their time
+  [ "$name" != bench ] || [ -n "$dry" ] || [ -n "${own_limit[bench]:-}" ] ||
+    limit[bench]=$((total - SECONDS > limit[bench] ? total - SECONDS : limit[bench]))
   "part_$name"
+  [ "${limit[$name]}" != 0 ] || reason="it has no time; --limit $name=S gives it some"
   if [ -n "$dry" ]; then
     printf '%-10s at most %3d s:' "$name" "${limit[$name]}"
     printf ' %q' "${words[@]}"
@@ -262,6 +276,8 @@ run_part() {
     timeout -k 10 "${limit[$name]}" "${words[@]}" >>"$log" 2>&1
     status=$?
     tail -n 12 "$log"
+    # what this GPU's measurements have made of the table
+    [ "$name" != faster ] || cp vcr_ops/faster.json "$outdir/faster_table.json"
   fi
   case $status in
     0) outcome=passed ;;

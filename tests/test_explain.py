@@ -7,10 +7,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import vcr_ops
 from tests.small import BACKENDS, block, feature_map, middle
-from vcr_ops import library
+from vcr_ops import backend as backends
+from vcr_ops import cuda_plan, library
+from vcr_ops.backend import Case
+from vcr_ops.faster import Size, size_of
 
 
 @pytest.mark.parametrize("modulation, sampler", [("channel", "dynamic"), ("pixel", "static"), ("channel", "pool")])
@@ -56,7 +60,36 @@ def test_text() -> None:
 def test_cuda_kernels() -> None:
     found = vcr_ops.explain(middle("cuda", sampler="pool"), feature_map(2, 12, 4, 5))
     assert [each.name for each in found.step("training forward").passes] == ["channel_stats", "concept_modulate"]
-    assert "evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip" in str(found)
+    # a map so small fits on any GPU
+    assert [(each.name, each.reads, each.writes) for each in found.step("evaluation").passes] == [
+        ("middle_evaluate", 1, 1)
+    ]
+    assert re.search(r"evaluation +1 +1 ", str(found))
+    assert "where an image's tiles fit on chip" not in str(found)
+
+
+@pytest.mark.parametrize("sampler, reads", [("dynamic", 3), ("pool", 2)])
+def test_cuda_kernels_on_a_map_that_fits_no_chip(sampler: str, reads: int) -> None:
+    """By the sizes: then the sampler needs the images' means first, and the modulator reads again."""
+    m, y = middle("cuda", sampler=sampler), feature_map(1, 12, 300, 300)
+    found = vcr_ops.explain(m, y)
+    assert (found.step("evaluation").reads, found.step("evaluation").writes) == (reads, 1)
+    assert found.step("training forward").reads == (3 if sampler == "dynamic" else 2)
+    assert "evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip" in found.notes
+    m.bn = vcr_ops.FrozenBatchNorm(12)
+    assert vcr_ops.explain(m, y).step("training forward").reads == reads
+
+
+def test_cuda_kernels_by_the_gpu_that_is_here(as_if_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """56 x 56 with messages between 32 concepts: a cluster has room for an image, a block has not."""
+    m, features = middle("cuda", channels=128, concepts=32), feature_map(16, 128, 56, 56)
+    h100, a100 = cuda_plan.Device(227 << 10, 132, True, 50 << 20), cuda_plan.Device(163 << 10, 108)
+    for device, y, reads in ((h100, features, 1), (a100, features.bfloat16(), 2), (a100, features, 3)):
+        monkeypatch.setattr(cuda_plan, "device_of", lambda number, device=device: device)
+        found = vcr_ops.explain(m, y)
+        assert found.why_not is None
+        assert (found.step("evaluation").reads, found.step("evaluation").writes) == (reads, 1)
+        assert found.bytes("evaluation") == (reads + 1) * found.map_bytes
 
 
 def test_it_runs_nothing_and_moves_nothing() -> None:
@@ -76,6 +109,50 @@ def test_the_block_s_map() -> None:
     assert vcr_ops.explain(b, x.to(memory_format=torch.channels_last)).map_format == "channels_last"
     with torch.autocast("cpu"):
         assert vcr_ops.explain(b, x).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain takes CPU tensors for a GPU's, fake ones for fake ones, and CUDA C++ for the faster at 15 channels."""
+
+    def case_of(z: torch.Tensor) -> Case:
+        fake = isinstance(z, FakeTensor)
+        return Case("cuda", fake=fake, size=None if fake else size_of(z, torch.is_grad_enabled()))
+
+    monkeypatch.setattr(sys.modules["vcr_ops.explain"], "case_of", case_of)
+    monkeypatch.setattr(backends, "arch_of", lambda number: "sm_90")
+    monkeypatch.setattr(library, "_cuda_problem", None)
+    monkeypatch.setattr(backends, "_built_for", {0: None})
+    monkeypatch.setattr(backends, "_checked", {("cuda", 0): "Triton isn't installed"})
+    monkeypatch.setattr(cuda_plan, "device_of", lambda number: cuda_plan.Device())
+    taken = {12: None, 15: "cuda", 18: "triton"}
+
+    def faster(arch: str, size: Size) -> str | None:
+        return taken[size.channels] if size.mode == "training" else "triton"
+
+    monkeypatch.setattr(backends, "faster", faster)
+
+
+@pytest.mark.parametrize("planes, base_width", [(4, 64), (4, 80), (4, 96)])
+def test_a_block_is_told_the_backend_of_its_map(as_if_on_a_gpu: None, planes: int, base_width: int) -> None:
+    """By its convolutions' shape and strides: the same as is told of the map itself."""
+    b = vcr_ops.VCRBlock(16, planes, stride=2, groups=3, base_width=base_width)
+    m = vcr_ops.VisualConceptReasoning(3 * base_width // 16, 3)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = feature_map(2, 16, 7, 6).contiguous(memory_format=form)
+        y = feature_map(2, 3 * base_width // 16, 4, 3).contiguous(memory_format=form)
+        of_the_map, said = vcr_ops.explain(m, y), vcr_ops.explain(b, x)
+        assert (said.shape, said.map_format) == (of_the_map.shape, of_the_map.map_format)
+        assert (said.backend, said.reason, said.why_not) == (of_the_map.backend, of_the_map.reason, of_the_map.why_not)
+        assert said.backend == ("cuda" if base_width == 80 else "triton")
+        assert said.why_not == (None if base_width == 80 else "Triton isn't installed")
+        assert ("no other was measured at such sizes" in said.reason) == (base_width == 64)
+        note = "grad mode decides: in evaluation it is triton, whose passes are not these"
+        assert (note in said.notes) == (base_width == 80)
+        with torch.no_grad():
+            said = vcr_ops.explain(b, x)
+        assert said.backend == "triton"
+        assert (note.replace("evaluation it is triton", "training it is cuda") in said.notes) == (base_width == 80)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

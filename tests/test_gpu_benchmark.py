@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.cases import Case
-from benchmarks.gpu import command
+from benchmarks.gpu import command, steps
 from benchmarks.gpu.budget import Budget, OutOfTime, at_most
 from benchmarks.gpu.cards import peak_gbps
 from benchmarks.gpu.cuda import Cuda
@@ -254,6 +254,72 @@ def test_default_plan_compiles_last_and_only_the_largest_middles():
         assert ("composite_max_autotune" in names) == (large and case.stage == 1 and case.layout == "contiguous")
     assert not any(left_out for *_, left_out in plan_of("--all"))
     assert {p.name for _, chosen, _ in plan_of("--providers", "fused") for p in chosen} == {"fused"}
+
+
+def test_the_compiled_sides_of_one_stage_can_come_first():
+    planned = plan_of("--compiled-first", "60")
+    first = planned[:2]
+    assert [(case.mode, case.stage, case.batch, case.layout) for case, *_ in first] == [
+        ("train", 1, 256, "contiguous"),
+        ("eval", 1, 256, "contiguous"),
+    ]
+    for _, chosen, _ in first:
+        names = {provider.name for provider in chosen}
+        assert names >= {
+            f"{name}_{how}" for name in ("reference", "composite") for how in ("compiled", "max_autotune")
+        } | {"fused_compiled"}
+    assert sorted(str(case) for case, *_ in planned) == sorted(str(case) for case, *_ in plan_of())
+    rest = [case for case, *_ in planned[2:]]
+    assert rest == [case for case, *_ in plan_of() if case not in [case for case, *_ in first]]
+
+
+class Recorder:
+    """Notes what spare time each case is given, and takes ten seconds for each."""
+
+    def __init__(self, now):
+        self.now, self.spare = now, []
+
+    def __call__(self, case, device, chosen, *, budget, **_):
+        self.spare.append((case.mode, case.stage, budget.spare, budget.needed(MAX_AUTOTUNE)))
+        self.now[0] += 10
+        return []
+
+
+def test_the_compiled_sides_have_their_share_of_the_time(monkeypatch, tmp_path):
+    now = [0.0]
+    recorder = Recorder(now)
+    monkeypatch.setattr(command, "run_case", recorder)
+    arguments = ["--levels", "middle", "--batch", "256", "--stages", "1", "2", "--layouts", "contiguous"]
+    options = command._parser("run").parse_args([*arguments, "--seconds", "100", "--compiled-first", "60"])
+    results = command.Results("run", Rehearsal(), [], tmp_path / "x")
+    command.run(options, Rehearsal(), results, Budget(100, clock=lambda: now[0]))
+    # 40 s for training; evaluation has what that leaves, too; then the guess counts, and the cases to come are reserved
+    assert recorder.spare[:2] == [("train", 1, 40, 5), ("eval", 1, 50, 5)]
+    assert recorder.spare[2] == ("train", 2, 80 - 2 * 10, 40)
+
+
+def test_a_compilation_that_may_be_too_long_is_begun_where_that_is_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(steps, "check_compiled", lambda case, workload, inputs: compiled.append(case) or 1 / 0)
+    budget = Budget(1000)
+    budget.reserve(990)
+    budget.begin_with = 5.0
+    rows = run("fused", "reference_max_autotune", budget=budget)
+    assert len(compiled) == 1
+    assert rows["reference_max_autotune"].reason.startswith("failed: ZeroDivisionError")
+    budget.reserve(997)
+    assert run("fused", "reference_max_autotune", budget=budget)["reference_max_autotune"].median_ms is None
+    assert len(compiled) == 1
+
+
+def test_what_computes_the_same_is_compiled_before_the_plain_block(monkeypatch):
+    order = []
+    monkeypatch.setattr(steps, "_compile", lambda sides, provider, inputs, budget: order.append(provider.name))
+    monkeypatch.setattr(steps, "_time", lambda sides, seconds: None)
+    names = [name for name, provider in gpu_providers(Rehearsal()).items() if provider.eager is not None]
+    run(*names, "fused", case=replace(CASE, mode="eval"))
+    assert [name for name in order if "plain" in name] == order[-2:]
+    assert [name.endswith("autotune") for name in order[:-2]] == [False] * 3 + [True] * 2
 
 
 def test_noise_stands_in_for_photographs_on_a_gpu_alone(monkeypatch):

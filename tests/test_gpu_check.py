@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,44 @@ def test_dry_run_prints_every_part_and_runs_none(tmp_path):
     assert [line.split()[0] for line in lines] == list(PARTS)
     assert sum(int(line.split()[3]) for line in lines) < 8 * 60
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quick_look_takes_four_minutes(tmp_path):
+    lines = check("--dry-run", "--quick", str(tmp_path)).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(PARTS)
+    assert 180 < sum(int(line.split()[3]) for line in lines) <= 240
+    left_out = [line.split()[0] for line in lines if "left out: it has no time; --limit" in line]
+    assert left_out == ["large", "racecheck"]
+    for line in lines:  # what is begun ends in time
+        for seconds in re.findall(r"(?:--seconds|SECONDS=)\\?[ =]?(\d+)", line):
+            assert 0 < int(seconds) < int(line.split()[3]) or line.split()[0] in left_out, line
+    # a limit that is given counts
+    own = ("--limit", "racecheck=25", "--limit", "passes=90")
+    done = check("--dry-run", "--only", "large", "racecheck", "passes", *own, "--quick", str(tmp_path))
+    assert [int(line.split()[3]) for line in done.stdout.splitlines()] == [0, 25, 90]
+    assert done.stdout.count("it has no time") == 1
+
+
+def test_the_benchmark_begins_with_what_is_compiled(tmp_path):
+    (line,) = check("--dry-run", "--only", "bench", str(tmp_path)).stdout.splitlines()
+    assert "--compiled-first 36 --seconds 60 " in line
+    assert "--compiled-first" not in check("--dry-run", "--only", "bench", "--quick", str(tmp_path)).stdout
+
+
+def test_the_benchmark_has_the_time_that_others_leave(tmp_path):
+    """A Python that does nothing: all of the time before is left over."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    options = ("--rehearse", "--only", "memcheck", "passes", "bench")
+    for more, limits in (((), (30, 60, 175)), (("--limit", "bench=100"), (30, 60, 100))):
+        done = check(*options, *more, str(tmp_path / "out"), PYTHON=str(python), VCR_OPS_GPU_REHEARSAL="cpp")
+        assert done.returncode == 0, done.stdout
+        found = [int(seconds) for seconds in re.findall(r"=== .* \(at most (\d+) s\)", done.stdout)]
+        assert found[:2] == list(limits[:2])
+        assert limits[2] - 10 <= found[2] <= limits[2]
+        (seconds,) = re.findall(r"--seconds (\d+)", (tmp_path / "out/bench.log").read_text())
+        assert int(seconds) == found[2] - 25
 
 
 @pytest.mark.parametrize(
@@ -102,6 +142,13 @@ def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path):
     assert "takes one of 'auto'" in (tmp_path / "memcheck.log").read_text()
     assert (tmp_path / "passes-triton.json").is_file()
     assert "training step of the middle: at most" in done.stdout
+
+
+def test_the_table_of_the_faster_backend_is_copied(tmp_path):
+    done = check("--rehearse", "--only", "faster", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "faster_table.json").read_text() == (ROOT / "vcr_ops/faster.json").read_text()
+    assert json.loads((tmp_path / "faster.json").read_text())["kind"] == "gpu-faster"
 
 
 def rehearse(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

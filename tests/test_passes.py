@@ -1,10 +1,14 @@
 """Proves: each Triton kernel reads and writes the map as often as `explain` says; counted element by element."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import vcr_ops
+from vcr_ops.explain import op_arguments
 
 from .small import feature_map, middle, results
 
@@ -93,6 +97,33 @@ def test_training_without_the_batch_s_statistics(sampler, modulation):
     for size, last in (((13, 5), False), ((3, 4), True)):
         said = assert_as_explained(m, feature_map(2, 12, *size, channels_last=last), "training")
         assert sum(reads for reads, _ in said.values()) <= 7
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sampler", ["dynamic", "pool"])
+def test_synchronised_statistics(sampler, size, monkeypatch):
+    """The sampler is given the norm's, and must find the images' means itself: again where they fit no tile."""
+    from vcr_ops.ops.vcr_middle.synced import vcr_middle_synced
+
+    from .traffic import counted_traffic
+
+    m, y = middle("triton", sampler=sampler), feature_map(2, 12, *SIZES[size])
+    arguments = op_arguments(y, m.bn, m, "whole", True)
+    monkeypatch.setattr(sys.modules["vcr_ops.explain"], "sync_groups", lambda *_: (SimpleNamespace(size=2), None))
+    found = vcr_ops.explain(m, y)
+    said = {each.name: (each.reads, each.writes) for step in found.steps[:2] for each in step.passes}
+    with counted_traffic(y) as traffic:  # statistics of this batch alone: the same passes
+        out = vcr_middle_synced("triton", (y.requires_grad_(), *arguments[1:]), None, None)[0]
+        torch.autograd.grad(out, [y], feature_map(*y.shape, seed=2))
+    assert {name: reads for name, (reads, _) in traffic.passes().items() if reads > 0.5} == pytest.approx(
+        {name: reads for name, (reads, _) in said.items()}, abs=6 / y[0, 0].numel()
+    )
+    forward = 4 if size == "tiles" and sampler == "dynamic" else 3
+    assert [step.reads for step in found.steps[:2]] == [forward, 4]
+    note = ", by the same passes, as ops of their own" + (
+        ", the sampler's after one for the images' means" * (forward > 3)
+    )
+    assert any(note + ";" in each for each in found.notes)
 
 
 @pytest.mark.parametrize("sampler, modulation", VARIANTS)

@@ -6,7 +6,7 @@ them say "auto" or nothing, the device decides: the C++ ops for CPU tensors; for
 whichever was measured to be the faster (:mod:`vcr_ops.faster`), and Triton's before that; Triton's for ROCm tensors;
 ``composite`` elsewhere. :func:`resolve` is the only place where that happens. A backend that was asked for by name and
 can't run raises, and "auto" never falls back because something is missing or fails: on a GPU without Triton it raises,
-too, and says what to do.
+too, and says what to do. (The CUDA library is optional: where it isn't built for a GPU, there is nothing to choose.)
 """
 
 import importlib.util
@@ -93,8 +93,17 @@ def _cuda_why_not(case: Case) -> str | None:
     return library.cuda_why_not() or _not_built_for(case.number)
 
 
+_built_for: dict[int, str | None] = {}
+
+
 def _not_built_for(number: int) -> str | None:
     """Why the CUDA kernels don't run on a device: compiled for other architectures."""
+    if number not in _built_for:
+        _built_for[number] = _look_at_archs(number)
+    return _built_for[number]
+
+
+def _look_at_archs(number: int) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU here; look at what nvidia-smi says, or use backend='composite'"
     major, minor = torch.cuda.get_device_capability(number)
@@ -225,14 +234,14 @@ def tracing() -> str:
 _CPU = Case("cpu")
 
 
-def case_of(z: Tensor) -> Case:
-    """The case of an op on ``z`` that is called now."""
+def case_of(z: Tensor, is_map: bool = True) -> Case:
+    """The case of an op on ``z`` that is called now. is_map: its size is one that backends were compared at."""
     rewriting = tracing()
     if z.is_cpu and not rewriting:
         return _CPU  # the hot path makes no objects
     fake = _is_fake(z)
     # A compiled call makes the choice when it runs (ops/dispatch.py): sizes may be symbols here.
-    known = z.is_cuda and not fake and not torch.compiler.is_compiling()
+    known = is_map and z.is_cuda and not fake and not torch.compiler.is_compiling()
     size = size_of(z, torch.is_grad_enabled()) if known else None
     return Case(z.device.type, rewriting, z.device.index or 0, fake, size)
 
@@ -269,12 +278,19 @@ def choose(requested: str | None, case: Case) -> tuple[Backend, str]:
 
 
 def fastest(number: int, size: Size) -> tuple[Backend, str]:
-    """The backend that "auto" takes for CUDA tensors, and why."""
+    """The backend that "auto" takes for CUDA tensors, and why: the faster of those that are there."""
     arch = arch_of(number)
     name = faster(arch, size)
     if name is None:
         why = f"auto takes it for CUDA tensors: on {arch} no other was measured at such sizes"
         return BACKENDS[UNMEASURED], why
+    if name == "cuda":
+        missing = library.cuda_why_not() or _not_built_for(number)
+        if missing is not None:
+            why = (
+                f"auto takes it: CUDA C++ was measured to be faster at such sizes on {arch}, but isn't there: {missing}"
+            )
+            return _TRITON, why
     return BACKENDS[name], f"auto takes it: the fastest at the nearest size that was measured on {arch}"
 
 

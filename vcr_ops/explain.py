@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import checks, flops, library
+from . import checks, cuda_plan, flops, library
 from .backend import case_of, choose
-from .maps import map_format
+from .faster import size_of
+from .maps import map_format, positions
 from .models.convert import ConvertedBlock
 from .modules.batch_norm import uses_batch_statistics
 from .modules.block import VCRBlock
@@ -137,7 +138,9 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     sampler, reasoner, modulator = middle.sampler, middle.reasoner, middle.modulator
     p = sampler.channels // sampler.concepts
     checks.check_concepts("y", y, "sampler.value", sampler.concepts, p)
-    case = case_of(y)
+    case = case_of(x)
+    if case.size is not None:  # a block's y has no memory; it is the map that backends are chosen for
+        case = case._replace(size=size_of(y, torch.is_grad_enabled()))
     backend, reason = choose(middle.backend, case)
     path = fused_path(norm, sampler, reasoner, modulator)
     groups = sync_groups(path, norm, reasoner)
@@ -145,14 +148,17 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     if synced and not has_steps(backend.name):
         path = path_without_sync(groups[1])
     strided = map_format(y) == "strided"
+    here = not case.fake and case.device != "meta" and backend.why_not(case) is None
     steps, copies, notes = [], [], []
     for training in (True, False):
         arguments = op_arguments(y, norm, middle, path, training)
         if backend.name == "triton":
-            here = not case.fake and case.device != "meta" and backend.why_not(case) is None
-            forward, backward = _triton_passes(y, arguments, path, training, here)
+            forward, backward = _triton_passes(y, arguments, path, training, here, bool(synced))
+        elif backend.name == "cuda":
+            device = cuda_plan.device_of(case.number) if here else cuda_plan.Device()
+            forward, backward = _cuda_passes(y, arguments, path, training, device)
         elif backend.name != "composite":
-            forward, backward = _fused_passes(backend.name, arguments, path, training)
+            forward, backward = _fused_passes(arguments, path, training)
         else:
             forward, backward = _composite_passes(y, arguments, training)
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in arguments]
@@ -167,7 +173,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         if backend.name == "cpp" and backend.why_not(case) is None:
             notes.append(f"instruction set: {library.active_isa()}")
         if backend.name == "cuda":
-            notes.append("evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip")
+            if path != "modules" and all(each.name != "middle_evaluate" for step in steps for each in step.passes):
+                notes.append("evaluation is one launch of 1 read and 1 write where an image's tiles fit on chip")
             notes.append("training's later reads come from the L2 cache where its maps fit there")
         elif backend.name == "triton":
             notes.append("evaluation's last read comes from the L2, where the batch's map fits it")
@@ -176,9 +183,18 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         if any(each.name == "concept_sample" and each.reads > 1 for step in steps for each in step.passes):
             notes.append("concept_sample reads an image that fits no tile again, from cache what is still there")
     if synced:
-        who = "the same passes, as ops of their own" if has_steps(backend.name) else "each norm's own passes"
+        who = "each norm's own passes"
+        if has_steps(backend.name):
+            again = backend.name == "triton" and steps[0].reads > 3
+            who = "the same passes, as ops of their own"
+            who += ", the sampler's after one for the images' means" if again else ""
         processes = max(group.size for group in synced)
         notes.append(f"training: batch statistics over {processes} processes, by {who}; small numbers are exchanged")
+    if case.size is not None:
+        mode = "training" if case.size.mode == "evaluation" else "evaluation"
+        other = choose(middle.backend, case._replace(size=case.size._replace(mode=mode)))[0]
+        if other is not backend:
+            notes.append(f"grad mode decides: in {mode} it is {other.name}, whose passes are not these")
     if path != "whole":
         notes.append("the norm's own passes are not counted")
     return Explanation(
@@ -265,7 +281,7 @@ def _backward_flops(shapes: list[Any]) -> int:
 
 
 def _triton_passes(
-    y: Tensor, arguments: tuple[Any, ...], path: str, training: bool, here: bool
+    y: Tensor, arguments: tuple[Any, ...], path: str, training: bool, here: bool, synced: bool
 ) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     """The passes of the Triton kernels, by the sizes that these go by."""
     from .triton_common import passes
@@ -278,20 +294,38 @@ def _triton_passes(
             passes.ops_forward(size, sampler, pixel, training),
             passes.ops_backward(size, sampler, pixel),
         )
+    elif synced and training:
+        forward, backward = passes.synced_forward(size, arguments[18] == "batch", sampler), passes.middle_backward()
     else:
         forward = passes.middle_forward(size, arguments[18] == "batch", sampler, training)
         backward = passes.middle_backward()
     return tuple(Pass(*each) for each in forward), tuple(Pass(*each) for each in backward) if training else ()
 
 
+def _cuda_passes(
+    y: Tensor, arguments: tuple[Any, ...], path: str, training: bool, device: cuda_plan.Device
+) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes of the CUDA kernels, by the sizes that their launchers go by."""
+    concepts, p, pt = arguments[5].shape
+    size = cuda_plan.Sizes(
+        y.shape[0], concepts, p, pt, positions(y), y.element_size(), map_format(y) == "channels_last"
+    )
+    batch, pool, given_states = arguments[18] == "batch", arguments[21] == "pool", arguments[10] is not None
+    whole = path != "modules" and not batch and given_states and not training
+    if whole and cuda_plan.evaluates_at_once(device, size, arguments[22]):
+        return (Pass("middle_evaluate", 1, 1),), ()
+    reads = 0 if batch and pool else 1  # the pool sampler takes the mean from the batch's statistics
+    if not batch and not pool and not cuda_plan.samples_at_once(device, size, training):
+        reads = 2  # the images' means first
+    return _fused_passes(arguments, path, training, reads)
+
+
 def _fused_passes(
-    backend: str, arguments: tuple[Any, ...], path: str, training: bool
+    arguments: tuple[Any, ...], path: str, training: bool, sampler_reads: int = 1
 ) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     """The passes of the fused kernels, C++ or CUDA C++, which their sources describe under the same names."""
-    batch, pool = arguments[18] == "batch", arguments[21] == "pool"
-    # CUDA's pool sampler takes the mean from the statistics. The C++ one reads again.
-    attend = [] if backend == "cuda" and batch and pool else [Pass("concept_sample", 1, 0)]
-    if batch:
+    attend = [Pass("concept_sample", sampler_reads, 0)] if sampler_reads else []
+    if arguments[18] == "batch":
         attend.insert(0, Pass("channel_stats", 1, 0))
     forward = (*attend, Pass("concept_modulate", 1, 1))
     backward = [Pass("modulate_backward_sums", 2, 0), Pass("middle_input_grad", 2, 1)]

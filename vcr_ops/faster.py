@@ -1,4 +1,7 @@
-"""Which of a GPU's two backends is the faster: a table that ``python -m benchmarks --device cuda faster`` writes."""
+"""Which of a GPU's two backends is the faster: a table of measurements, case by case.
+
+``python -m benchmarks faster --device cuda --write`` measures and writes it; without ``--write`` it stays as it is.
+"""
 
 import functools
 import json
@@ -64,19 +67,26 @@ def arch_of(number: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any], path: Path = PATH) -> None:
-    """Put rows into the table in the place of all that it has of their architectures.
+def replace(rows: list[dict[str, Any]], measured_by: dict[str, Any]) -> None:
+    """Put rows into the table; each takes the place of the one of its case (architecture and size), the others stay.
 
     rows: arch, the fields of :class:`Size`, backend and ratio (the other's time over its). measured_by: the GPU, the
-    date, the commit.
+    date, the commit; what an earlier measurement says of itself goes when none of its architecture's rows is left.
     """
-    table = json.loads(path.read_text()) if path.is_file() else {"about": [], "rows": []}
-    archs = sorted({row["arch"] for row in rows})
-    kept = [each for each in table["about"] if not set(each["archs"]) & set(archs)]
-    rows = [row for row in table["rows"] if row["arch"] not in archs] + rows
-    about = [*kept, {"archs": archs, **measured_by}] if archs else kept
-    lines = ",\n".join("    " + json.dumps(row) for row in rows)
-    text = f'{{\n  "about": {json.dumps(about)},\n  "rows": [' + (f"\n{lines}\n  " if rows else "") + "]\n}\n"
-    path.write_text(text)
+
+    def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["arch"], *(row[name] for name in Size._fields)
+
+    table = json.loads(PATH.read_text()) if PATH.is_file() else {"about": [], "rows": []}
+    measured = {case_of(row): row for row in rows}
+    older = [row for row in table["rows"] if case_of(row) not in measured]
+    about = {"archs": sorted({row["arch"] for row in rows}), **measured_by}
+    left = {row["arch"] for row in older}
+    abouts = [each for each in table["about"] if left & set(each["archs"]) and each != about]
+    if rows:
+        abouts.append(about)
+    lines = ",\n".join("    " + json.dumps(row) for row in sorted([*older, *measured.values()], key=case_of))
+    text = f'{{\n  "about": {json.dumps(abouts)},\n  "rows": [' + (f"\n{lines}\n  " if lines else "") + "]\n}\n"
+    PATH.write_text(text)
     _rows.cache_clear()
     faster.cache_clear()

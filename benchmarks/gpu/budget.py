@@ -19,6 +19,9 @@ class Budget:
         self.seconds, self.clock = seconds, clock
         self.start = clock()
         self.reserved = 0.0
+        # A compilation that is expected to take longer than what is spare is left out. With so much left it is begun
+        # all the same, and stopped when the time is over.
+        self.begin_with: float | None = None
         # What a compilation takes, by torch.compile's mode: a guess, until one has been seen.
         self.expected: dict[str | None, float] = {None: 15.0, "max-autotune-no-cudagraphs": 40.0}
 
@@ -30,6 +33,11 @@ class Budget:
     def reserve(self, seconds: float) -> None:
         """Keep so many of the seconds from ``spare``: for what comes later."""
         self.reserved = seconds
+
+    def needed(self, mode: str | None) -> float:
+        """What must be spare for a compilation to be begun."""
+        expected = self.expected[mode]
+        return expected if self.begin_with is None else min(expected, self.begin_with)
 
     @property
     def spare(self) -> float:

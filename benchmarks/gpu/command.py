@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cases import IMAGE_SIZE, LAYOUTS, LEVELS, MODES, STAGES, Case, expand
+from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, LEVELS, MODES, STAGES, Case, check_dtypes, expand
 from ..machine import describe
 from ..photographs import image_batch, images_for
 from ..providers import Provider
@@ -32,6 +32,7 @@ DEVICES: dict[str, type[Cuda] | type[Rehearsal]] = {"cuda": Cuda, "rehearsal": R
 OUT = Path(__file__).resolve().parent.parent / "out"
 COMPILED_STAGES = (1, 3)
 LEFT_OUT = "left out by default, --all runs it"
+BEGIN_WITH = 5.0  # seconds of what --compiled-first gives: with less, no compilation is begun
 # What a case takes without compiling; a guess, until one has been seen. Compiling has what the cases to come leave.
 CASE_SECONDS = {"middle": 2.0, "block": 2.0, "network": 12.0}
 
@@ -50,7 +51,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     add("--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="default: all")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16"], help="default: bfloat16")
+    add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"], help="default: bfloat16")
     add("--image-size", type=int, default=IMAGE_SIZE, metavar="PIXELS", help=f"default: {IMAGE_SIZE}")
     add(
         "--output",
@@ -76,13 +77,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "beside the plain ResNeXt's)",
     )
     add("--seconds", type=float, default=240.0, metavar="S", help="for everything; what isn't left is left out")
+    add(
+        "--compiled-first",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="begin with the compiled sides of the first stage and layout, largest batch, and give them S of the "
+        "seconds (default: 0, they come last)",
+    )
     add("--case-seconds", type=float, default=0.3, metavar="S", help="of timing per case (default: 0.3)")
     return parser
 
 
 def plan(options: argparse.Namespace, providers: dict[str, Provider]) -> list[tuple[Case, list[Provider], list[str]]]:
     """(case, its sides, the names of those left out): first what compiles nothing, at last what may take all the time
-    that is left.
+    that is left. With --compiled-first, the cases of :func:`begins` before all of them.
     """
     batches = {"middle": options.batch, "block": options.block_batch, "network": options.network_batch}
     planned = []
@@ -105,11 +114,25 @@ def plan(options: argparse.Namespace, providers: dict[str, Provider]) -> list[tu
                 left_out = [] if options.providers else [name for name in providers if name not in names]
                 planned.append((case, chosen, left_out))
 
-    def slowness(entry: tuple[Case, list[Provider], list[str]]) -> tuple[bool, bool]:
-        compiled = [provider for provider in entry[1] if provider.eager is not None]
-        return bool(compiled), any(provider.compile_mode is not None for provider in compiled)
+    def slowness(entry: tuple[Case, list[Provider], list[str]]) -> tuple[bool, bool, bool]:
+        case, chosen, _ = entry
+        compiled = [provider for provider in chosen if provider.eager is not None]
+        first = options.compiled_first > 0 and bool(compiled) and begins(case, options)
+        return not first, bool(compiled), any(provider.compile_mode is not None for provider in compiled)
 
     return sorted(planned, key=slowness)
+
+
+def begins(case: Case, options: argparse.Namespace) -> bool:
+    """True for the middles that --compiled-first begins with."""
+    place = (case.level, case.batch, case.stage, case.layout, case.dtype)
+    return place == ("middle", max(options.batch), options.stages[0], options.layouts[0], options.dtype[0])
+
+
+def shares(cases: Sequence[Case], options: argparse.Namespace) -> list[float]:
+    """Of the time of --compiled-first, what has gone by the end of each of its cases; training has twice as much."""
+    weights = [2.0 if case.mode == "train" else 1.0 for case in cases]
+    return [options.compiled_first * sum(weights[: i + 1]) / sum(weights) for i in range(len(weights))]
 
 
 def _by_default(case: Case, provider: Provider, options: argparse.Namespace) -> bool:
@@ -209,9 +232,15 @@ def run(options: argparse.Namespace, device: Device, results: Results, budget: B
         raise ValueError(f"there is no provider {min(unknown)!r}; there are {', '.join(providers)}")
     planned = plan(options, providers)
     expected = dict(CASE_SECONDS)
+    first = [case for case, *_ in planned if options.compiled_first > 0 and begins(case, options)]
+    ends = shares(first, options)
     for number, (case, chosen, left_out) in in_time(planned, budget, results):
         left = budget.left
-        budget.reserve(sum(expected[later.level] for later, *_ in planned[number:]))
+        if number < len(first):
+            budget.reserve(budget.seconds - ends[number])
+        else:
+            budget.reserve(sum(expected[later.level] for later, *_ in planned[number:]))
+        budget.begin_with = BEGIN_WITH if number < len(first) else None
         rows = run_case(
             case,
             device,
@@ -260,6 +289,7 @@ def main(command: str, device_name: str, argv: Sequence[str]) -> int:
     options = _parser(command).parse_args(list(argv))
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
+    check_dtypes(options.dtype, device.name)
     if options.backend is not None:
         if options.backend not in device.backends:
             raise ValueError(f"--backend is {options.backend!r}; it takes one of {', '.join(device.backends)}")

@@ -1,8 +1,9 @@
 """``python -m benchmarks faster --device cuda``: Triton and CUDA C++ side by side, and the table that "auto" goes by.
 
 Every stage, memory format, dtype and batch, training and evaluation, each as a replayed CUDA graph from a flushed L2,
-in turn. A side whose results aren't the other's but for rounding has no say: the case is reported, and left out of the
-table. ``--write`` puts the outcome into vcr_ops/faster.json in the place of what was measured on such a GPU before.
+in turn; in such an order that a run which is cut short has seen the largest and the smallest batch at every stage. A
+side whose results aren't the other's but for rounding has no say: the case is reported, and left out of the table.
+``--write`` puts the outcome into vcr_ops/faster.json, in the place of the same cases alone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vcr_ops import faster
 from vcr_ops.maps import acc_dtype
 
-from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, MODES, STAGES, Case, expand
+from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, MODES, STAGES, Case, check_dtypes, expand
 from ..correctness import timed_inputs
 from ..providers import Workload
 from ..report import _number, case_title, layout_text
@@ -28,6 +27,9 @@ from .providers import product_of
 from .steps import GpuRow, Sides, _time
 
 BATCHES = (1, 8, 64, 256)
+# Of a tensor's largest element. Gradients of parameters are sums over the whole batch in another order, and small
+# beside their terms.
+ROUNDING = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3}
 
 
 @dataclass
@@ -40,13 +42,14 @@ class FasterRow(GpuRow):
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks faster --device DEVICE",
-        description="Time Triton's kernels beside CUDA C++'s, and say which backend is the faster where.",
+        description="Time Triton's kernels beside CUDA C++'s, and say which backend is the faster where. The "
+        "table that auto goes by is written only with --write.",
     )
     add = parser.add_argument
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     add("--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="default: all")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
-    add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16", "float32"], help="default: both")
+    add("--dtype", nargs="+", choices=tuple(DTYPES), help="default: bfloat16 float32 float16 (on the CPU not the last)")
     add("--batch", nargs="+", type=int, default=list(BATCHES), metavar="N", help="default: 1 8 64 256")
     add("--image-size", type=int, default=IMAGE_SIZE, metavar="PIXELS", help=f"default: {IMAGE_SIZE}")
     add("--seconds", type=float, default=240.0, metavar="S", help="begin no case after so long (default: 240)")
@@ -54,8 +57,21 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--output", type=Path, metavar="STEM", help="write STEM.json and STEM.csv (default: benchmarks/out/faster-DATE)"
     )
-    add("--write", action="store_true", help="write vcr_ops/faster.json")
+    add("--write", action="store_true", help="put what is faster into vcr_ops/faster.json, case by case")
     return parser.parse_args(list(argv))
+
+
+def in_order(cases: Sequence[Case]) -> list[Case]:
+    """The largest batch and the smallest before those between, float16 after all others; else the given order."""
+    batches = sorted({case.batch for case in cases})
+    ranks = {batch: rank for rank, batch in enumerate([batches[-1], *batches[:-1]])}
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+
+    def place(case: Case) -> tuple[bool, bool, int, int]:
+        rank = ranks[case.batch]
+        return case.dtype == "float16", rank > 1, dtypes.index(case.dtype), rank
+
+    return sorted(cases, key=place)
 
 
 def compare(case: Case, device: Device, seconds: float) -> list[FasterRow]:
@@ -85,14 +101,12 @@ def disagreement(workloads: list[Workload], case: Case) -> str | None:
     """The tensor in which two sides differ by more than rounding, or None."""
     if len(workloads) < 2:
         return None
-    # Gradients of parameters are sums over the whole batch in another order, and small beside their terms.
-    limit = 0.05 if case.torch_dtype == torch.bfloat16 else 1e-3
     first, second = (workload.tensors() for workload in workloads)
     for name, x in first.items():
         acc = acc_dtype(x.dtype)
         scale = x.to(acc).abs().amax().clamp_min(1e-30)
         difference = float(((x.to(acc) - second[name].to(acc)).abs().amax() / scale).nan_to_num(float("inf")))
-        if difference > limit:
+        if difference > ROUNDING[case.dtype]:
             return f"{name} by {difference:.2g} of its largest element"
     return None
 
@@ -141,13 +155,23 @@ def table(rows: Sequence[FasterRow]) -> str:
 
 
 def main(device_name: str, argv: Sequence[str]) -> int:
-    """Run the command; returns 0, or 1 where a backend can't run or disagrees, or the run was interrupted."""
+    """Run the command; returns 0, or 1 where a backend can't run or disagrees, or the run was interrupted.
+
+    Raises:
+        ValueError: --write on another device than "cuda", whose times mean nothing; float16 on the CPU.
+    """
     options = options_of(argv)
+    if options.write and device_name != "cuda":
+        raise ValueError(f"--write puts a GPU's times into the shipped table; --device {device_name} has none")
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
+    dtypes = options.dtype or ["bfloat16", "float32", *(["float16"] if device.name != "cpu" else [])]
+    check_dtypes(dtypes, device.name)
     results = Results("faster", device, ["faster", "--device", device_name, *argv], _stem(options, "faster"))
-    cases = expand(
-        ["middle"], options.modes, options.stages, options.batch, [], options.dtype, options.layouts, options.image_size
+    cases = in_order(
+        expand(
+            ["middle"], options.modes, options.stages, options.batch, [], dtypes, options.layouts, options.image_size
+        )
     )
     with terminable():
         try:
@@ -167,5 +191,7 @@ def main(device_name: str, argv: Sequence[str]) -> int:
         faster.replace(
             found, {"gpu": about["gpu"], "date": results.about["date"][:10], "commit": results.about["commit"]}
         )
-        print(f"wrote {faster.PATH}")
+        print(f"wrote {len(found)} cases into {faster.PATH}")
+    elif options.write:
+        print(f"nothing was compared: {faster.PATH} stays as it is")
     return 1 if results.failed else 0

@@ -33,7 +33,7 @@ from vcr_ops.triton_common.launch import INTERPRETED, Launch, launch
 from vcr_ops.triton_common.record import Problem
 from vcr_ops.triton_common.sizes import sizes_of
 
-from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, STAGES, Case
+from ..cases import DTYPES, IMAGE_SIZE, LAYOUTS, STAGES, Case, check_dtypes
 from ..timing import Samples, in_turn
 from .budget import Budget
 from .command import DEVICES, terminable
@@ -460,6 +460,7 @@ def main(device_name: str, argv: Sequence[str]) -> int:
         made.error(f"a batch of {min(options.batch)} has no image")
     budget = Budget(options.seconds)
     device: Device = DEVICES[device_name]()
+    check_dtypes([options.dtype], device.name)
     arch = configs.arch(torch.device(device.name))
     print(f"{device.describe().get('gpu')}, {arch}, {options.dtype}", flush=True)
     outcomes: list[Outcome] = []

@@ -98,3 +98,19 @@ def test_auto_takes_what_explain_says():
         taken = vcr_ops.explain(middle("auto").to(DEVICE), y).backend
         assert torch.equal(middle("auto").to(DEVICE).eval()(y), middle(taken).to(DEVICE).eval()(y))
     assert taken in ("triton", "cuda")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_block_takes_what_explain_says(channels_last):
+    """Its middle's map is the one that its convolutions make, and explain makes none."""
+    x = feature_map(3, 16, 6, 5, channels_last=channels_last).to(DEVICE)
+    b, m, maps = block("auto").to(DEVICE), middle("auto", channels=15).to(DEVICE), []
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            said = vcr_ops.explain(b, x)
+            handle = b.bn2.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
+            b(x)
+            handle.remove()
+            of_the_map = vcr_ops.explain(m, maps[-1])
+        assert (said.backend, said.reason, said.why_not) == (of_the_map.backend, of_the_map.reason, None)
+        assert (said.shape, said.map_format) == (of_the_map.shape, of_the_map.map_format)

@@ -40,6 +40,16 @@ def middle_forward(size: Sizes, batch: bool, sampler: str, save: bool) -> Passes
     ]
 
 
+def synced_forward(size: Sizes, batch: bool, sampler: str) -> Passes:
+    """The steps of a synchronised middle (ops/vcr_middle/synced.py), whose sampler is given the norm's statistics and
+    not the images' means. batch: the norm takes those of all processes."""
+    found = dict.fromkeys(["channel_stats"], (1.0 if batch else 0.0, 0.0))
+    for name, reads, writes in middle_forward(size, False, sampler, True):
+        before = found.get(name, (0, 0))
+        found[name] = (before[0] + reads, before[1] + writes)
+    return [(name, reads, writes) for name, (reads, writes) in found.items() if reads or writes]
+
+
 def middle_backward() -> Passes:
     """The op ``vcr_middle_backward``."""
     return [("modulate_backward_sums", 2, 0), ("middle_input_grad", 2, 1)]

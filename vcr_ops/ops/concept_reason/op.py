@@ -66,7 +66,7 @@ def concept_reason(
         RuntimeError: the backend can't run here; says why and what to do.
     """
     checks.check_concept_reason(h, edge, mean, var, weight, bias, eps, edges)
-    name = resolve(backend, case_of(h)).name
+    name = resolve(backend, case_of(h, is_map=False)).name
     if name == "composite":
         return ConceptReasonOutput(*composite.concept_reason(h, edge, mean, var, weight, bias, eps, edges))
     dtype = acc_dtype(h.dtype)
