@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks
 from ..modules.batch_norm import CONVOLUTIONS
 from ..modules.block import VCRBlock
+from ..modules.inputs import check_network
 from ..modules.middle import default_norm
 from ..modules.norm_relu import run_norm_relu
 from ..modules.running_stats import no_running_stats_update
@@ -139,7 +140,8 @@ class VCRNet(nn.Module):
             x = checkpoint(block, x, use_reentrant=False, context_fn=_recompute)
         return x
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def _stem(self, x: Tensor, stages: Sequence[str] = _STAGES) -> Tensor:
+        check_network(self, x, stages)
         return run_norm_relu(self.conv1(x), self.bn1, self.relu, self.backend)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -183,10 +185,11 @@ class VCRNet(nn.Module):
         """
         checks.check_name("output_fmt", output_fmt, ("NCHW",))
         taken = take_indices("indices", indices, len(self.feature_info))
-        x = self._stem(x)
+        stages = _STAGES[: max(taken)] if stop_early else _STAGES
+        x = self._stem(x, stages)
         maps = [x] if 0 in taken else []
         x = self.maxpool(x)
-        for index, name in enumerate(_STAGES[: max(taken)] if stop_early else _STAGES, 1):
+        for index, name in enumerate(stages, 1):
             x = self._stage(name, x)
             if index in taken:
                 maps.append(x)
