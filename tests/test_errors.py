@@ -221,7 +221,7 @@ def converted() -> nn.Module:
 
 
 def network(**options: Any) -> vcr_ops.VCRNet:
-    return vcr_ops.VCRNet((1, 1, 1, 1), 5, groups=4, width_per_group=4, **options)
+    return vcr_ops.VCRNet((1, 1, 1, 1), 5, groups=4, **options)
 
 
 TAKERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -361,6 +361,10 @@ ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
         "backend is 'cuda12'; it takes one of 'auto', 'cpp', 'triton', 'cuda', 'composite'",
     ),
     ({"ndim": 4}, ValueError, "ndim is 4; it takes 1, 2 or 3"),
+    ({"ndim": [2]}, ValueError, "ndim is [2]; it takes 1, 2 or 3"),
+    ({"ndim": True}, ValueError, "ndim is True; it takes 1, 2 or 3"),
+    ({"norm_layer": nn.BatchNorm2d(4)}, TypeError, "norm_layer is a BatchNorm2d; it takes a class or function"),
+    ({"norm_layer": "batch"}, TypeError, "norm_layer is a str; it takes a class or function"),
 ]
 
 
@@ -372,6 +376,45 @@ def test_constructors(change: Change, error: type[Exception], message: str) -> N
     if change:
         with pytest.raises(error, match=re.escape(message)):
             vcr_ops.VCRBlock(64, 64, **change)
+
+
+BLOCK_ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
+    ({"stride": 0}, ValueError, "stride is 0; it takes at least 1"),
+    ({"stride": "1"}, TypeError, "stride is '1'; it takes an int"),
+    ({"stride": (1, 2)}, TypeError, "stride is (1, 2); it takes an int"),
+    ({"dilation": 0}, ValueError, "dilation is 0; it takes at least 1"),
+    ({"dilation": 1.0}, TypeError, "dilation is 1.0; it takes an int"),
+    ({"base_width": "4"}, TypeError, "base_width is '4'; it takes an int"),
+    ({"base_width": 0}, ValueError, "base_width is 0; it takes at least 1"),
+    ({"downsample": "x"}, TypeError, "downsample is 'x'; it takes an nn.Module or None"),
+    ({"downsample": nn.Identity}, TypeError, "downsample is <class"),
+]
+NETWORK_ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
+    ({"width_per_group": "4"}, TypeError, "width_per_group is '4'; it takes an int"),
+    ({"output_stride": [32]}, TypeError, "output_stride is [32]; it takes an int"),
+    ({"output_stride": 32.0}, TypeError, "output_stride is 32.0; it takes an int"),
+    ({"norm_layer": nn.BatchNorm2d(4)}, TypeError, "norm_layer is a BatchNorm2d; it takes a class or function"),
+    *(
+        (
+            {"replace_stride_with_dilation": got},
+            TypeError,
+            f"replace_stride_with_dilation is {got!r}; it takes None or three booleans",
+        )
+        for got in (3, "abc", (1, 0, 0), {True, False})
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BLOCK_ARGUMENTS)
+def test_block_arguments(change: Change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        vcr_ops.VCRBlock(64, 64, **change)
+
+
+@pytest.mark.parametrize("change, error, message", NETWORK_ARGUMENTS)
+def test_network_arguments(change: Change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        network(**change)
 
 
 def test_block_and_network_arguments() -> None:

@@ -56,6 +56,21 @@ def check_count(argument: str, got: object, least: int = 1) -> None:
         raise ValueError(f"{argument} is {got}; it takes at least {least}")
 
 
+def check_norm_layer(got: object, argument: str = "norm_layer") -> None:
+    """TypeError unless ``got`` is None or makes norms."""
+    if got is not None and (isinstance(got, nn.Module) or not callable(got)):
+        raise TypeError(
+            f"{argument} is a {type(got).__name__}; it takes a class or function that makes a norm from a number of "
+            "channels"
+        )
+
+
+def check_module(argument: str, got: object) -> None:
+    """TypeError unless ``got`` is None or a module."""
+    if got is not None and not isinstance(got, nn.Module):
+        raise TypeError(f"{argument} is {got!r}; it takes an nn.Module or None")
+
+
 def check_probability(argument: str, got: object) -> None:
     """TypeError or ValueError unless ``got`` is the probability of dropping something, less than all."""
     if isinstance(got, bool) or not isinstance(got, int | float):

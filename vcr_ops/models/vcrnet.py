@@ -75,6 +75,8 @@ class VCRNet(nn.Module):
         _check_layers(layers)
         checks.check_count("num_classes", num_classes, 0)
         checks.check_count("in_chans", in_chans)
+        checks.check_count("width_per_group", width_per_group)
+        checks.check_norm_layer(norm_layer)
         checks.check_probability("drop_rate", drop_rate)
         checks.check_probability("drop_path_rate", drop_path_rate)
         dilate = _dilate(replace_stride_with_dilation, output_stride)
@@ -269,13 +271,17 @@ def _check_layers(layers: object) -> None:
         checks.check_count(f"layers[{index}]", count)
 
 
-def _dilate(dilate: Sequence[bool] | None, output_stride: object) -> Sequence[bool]:
+def _dilate(dilate: Any, output_stride: Any) -> Sequence[bool]:
+    checks.check_count("output_stride", output_stride)
     if output_stride not in _DILATED:
         raise ValueError(f"output_stride is {output_stride!r}; it takes 32, 16 or 8")
     if dilate is None:
         return _DILATED[output_stride]
+    text = f"replace_stride_with_dilation is {dilate!r}; it takes None or three booleans"
+    if not isinstance(dilate, Sequence) or not all(isinstance(x, bool) for x in dilate):
+        raise TypeError(text)
     if len(dilate) != 3:
-        raise ValueError(f"replace_stride_with_dilation is {dilate!r}; it takes None or three booleans")
+        raise ValueError(text)
     if output_stride != 32:
         raise ValueError("output_stride and replace_stride_with_dilation say the same; give one of them")
     return dilate

@@ -66,8 +66,11 @@ class VCRBlock(nn.Module):
         checks.check_variants(sampler, edges, modulation, affine)
         checks.check_probability("dropout", dropout)
         checks.check_probability("drop_path", drop_path)
-        for name, got in (("inplanes", inplanes), ("planes", planes), ("groups", groups)):
+        counts = dict(inplanes=inplanes, planes=planes, groups=groups, base_width=base_width)
+        for name, got in (counts | dict(stride=stride, dilation=dilation)).items():
             checks.check_count(name, got)
+        checks.check_module("downsample", downsample)
+        checks.check_norm_layer(norm_layer)
         check_backend(backend or "auto")
         norm = norm_layer or default_norm(ndim)
         default_norm(ndim)
