@@ -167,7 +167,7 @@ def default_norm(ndim: int) -> type[nn.Module]:
     Raises:
         ValueError: ndim isn't 1, 2 or 3.
     """
-    if ndim not in BATCH_NORMS:
+    if isinstance(ndim, bool) or not isinstance(ndim, int) or ndim not in BATCH_NORMS:
         raise ValueError(f"ndim is {ndim!r}; it takes 1, 2 or 3")
     return BATCH_NORMS[ndim]
 
@@ -205,6 +205,7 @@ class VisualConceptReasoning(nn.Module):
         super().__init__()
         checks.check_variants(sampler, edges, modulation, affine)
         checks.check_channels(channels, concepts)
+        checks.check_norm_layer(norm_layer)
         check_backend(backend or "auto")
         self.modulation, self.backend = modulation, backend
         self.bn = (norm_layer or default_norm(ndim))(channels)
