@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.photographs import photographs
 from vcr_ops import VCRNet, inspect
-from vcr_ops.viz import draw
+from vcr_ops.viz import draw, figures
 from vcr_ops.viz.__main__ import main
 from vcr_ops.viz.network import load_network
 
@@ -212,3 +212,20 @@ def test_draw_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 spatial dims; it takes 2"):
         draw(inspect(video, torch.randn(1, 3, 2, 32, 32)), [picture], ["a"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("states", [torch.rand(3, 4), torch.ones(9, 4), torch.zeros(0, 4)], ids=["few", "same", "none"])
+def test_states_that_cannot_be_laid_out(states: torch.Tensor) -> None:
+    message = rf"t-SNE takes at least 4 states that differ; these are {len(states)}, or all the same"
+    with pytest.raises(ValueError, match=message):
+        figures.embed(states, 0)
+
+
+def test_blocks_whose_states_cannot_be_laid_out_get_no_picture_of_them(tmp_path: Path) -> None:
+    silent = network().requires_grad_(False)
+    silent.layer1[0].sampler.value.zero_()  # all its states are zero
+    seen = inspect(silent, torch.randn(1, 3, 32, 32))
+    draw(seen, [np.zeros((32, 32, 3), np.uint8)], ["a"], tmp_path / "out")
+    drawn = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "layer2-0-states-sampled.png" in drawn
+    assert "layer1-0-states-sampled.png" not in drawn
