@@ -24,7 +24,7 @@ class no_running_stats_update(ContextDecorator):
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), no_running_stats_update()))
 
-    Norm modules that are called (downsample.1, GroupNorm, bn1 and bn3 on GPUs, ...) are PyTorch's own, and not affected.
+    Norm modules that are called (downsample.1, GroupNorm, bn1 and bn3 on GPUs, ...) are PyTorch's own and not affected.
     """
 
     def __enter__(self) -> None:
