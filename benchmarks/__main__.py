@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 COMMANDS = ("run", "tables", "passes", "overhead", "readme", "picture", "headlines", "tune", "faster", "train")
 # What the defaults compile: about 20 s a stage, in training and evaluation. Fewer where that is too long.
 COMPILED_STAGES = (1, 2, 3, 4)
-LEFT_OUT = "left out by default, --all runs it"
+LEFT_OUT = "left out by default, --all (of the middle also --compiled) runs it"
 
 # ruff: noqa: E501
 SAMPLE = """\
@@ -140,6 +140,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "contiguous float32 middle, block and network only beside the plain ResNeXt's)",
         )
         parser.add_argument(
+            "--compiled",
+            action="store_true",
+            help="compiled providers for the float32 middle in every layout, as releases have them",
+        )
+        parser.add_argument(
             "--cold", action="store_true", help="time a second time with the caches flushed before every call"
         )
         parser.add_argument(
@@ -253,7 +258,8 @@ def plan(options: argparse.Namespace) -> list[tuple[Any, list[Any], dict[str, st
                     wanted = provider.role == "product" or name == "plain"
                     reason = LEFT_OUT
                 else:
-                    compiled = case.layout == "contiguous" and case.dtype == "float32" and case.stage in COMPILED_STAGES
+                    compiled = case.dtype == "float32" and case.stage in COMPILED_STAGES
+                    compiled = compiled and (options.compiled or case.layout == "contiguous")
                     wanted = provider.eager is None or compiled
                     reason = LEFT_OUT
                 if wanted or (options.all and options.providers is None):
