@@ -18,12 +18,14 @@ TABLES = (1, 2, 3, 4, 5)
 TITLES = {
     1: "Table 1, ImageNet: 1000 classes, 224 × 224",
     2: "Table 2, COCO: what each backbone has more than ResNeXt-50's",
-    3: "Table 3, Places-365",
-    4: "Table 4, Kinetics-400: slow-only, 3-D",
+    3: "Table 3, Places-365: 365 classes, 224 × 224",
+    4: "Table 4, Kinetics-400: 400 classes, slow-only, 3-D; GFLOPs of a clip of 8 frames of 224 × 224",
     5: "Table 5, ablation: VCRNet-50",
 }
 NAMES = {"se": "SE", "cbam": "CBAM", "gc": "GC", "glore": "GloRe", "vcr": "VCR"}
 PLAIN = "resnext"
+GFLOPS_TABLES = (1, 3, 4, 5)  # Table 2's are of a detector, whose images have any size
+CLIP = 8  # frames: slow-only 8 × 8, every eighth of 64
 AT_MOST = 0.01  # M or G: what a difference of two rounded figures, and a rule that the paper doesn't state, may be off
 
 
@@ -144,10 +146,11 @@ GFLOPS_REASONS: dict[tuple[str, int, tuple[tuple[str, str], ...]], str] = {
 }
 RULES = """\
 params, M: of the whole network; those of Table 2 without the detector, so as differences between backbones.
-GFLOPs: 10^9 multiply-adds of one image, evaluation. As run: torch's FLOP counter, halved: convolutions and matrix
-products, and for VCR the formulas of our ops, which count all of the folded algebra. As the paper: what its tool seems
-to count, found from its two ResNeXt rows and then applied to all: convolutions and products with learned weights, VCR's
-by the literal equations, and one for each element of a norm; no product of two maps. The paper doesn't state its rule.
+GFLOPs: 10^9 multiply-adds of one image, in Table 4 of one clip, in evaluation; the paper prints them in Table 1 alone.
+As run: torch's FLOP counter, halved: convolutions and matrix products, and for VCR the formulas of our ops, which count
+all of the folded algebra. As the paper: what its tool seems to count, found from its two ResNeXt rows and then applied
+to all: convolutions and products with learned weights, VCR's by the literal equations, and one for each element of a
+norm; no product of two maps. The paper doesn't state its rule.
 off: rounded as the paper's, less the paper's. Table 2's are of rounded figures themselves: sure to 0.01."""
 
 
@@ -155,7 +158,8 @@ off: rounded as the paper's, less the paper's. Table 2's are of rounded figures 
 class TableRow:
     """A line of a table: counts (mode None), or what was measured of one network.
 
-    Parameters in M, of Table 2 the difference from ResNeXt-50; 10^9 multiply-adds; times in ms; bytes in MB (10^6).
+    Parameters in M, of Table 2 the difference from ResNeXt-50; 10^9 multiply-adds of an image, in Table 4 of a clip of
+    8 frames; times in ms; bytes in MB (10^6).
     gflops: torch's counter with our formulas. gflops_as_paper: by the rule that seems to be the paper's. *_off: rounded
     as printed, less what is printed. reason: why it is off, or why there are no times. ratio_plain: the median of the
     plain ResNeXt of the same depth over this one's.
@@ -207,7 +211,8 @@ def literal(printed: Printed) -> nn.Module:
 
     with torch.device("meta"):
         build = {50: python_ref.vcrnet50, 101: python_ref.vcrnet101}[printed.depth]
-        return build(printed.classes, **printed.options)
+        made = build(printed.classes, ndim=printed.ndim, **printed.options)
+        return slow_only(made) if printed.table == 4 else made
 
 
 def parameters(module: nn.Module) -> int:
@@ -273,7 +278,7 @@ def counts(printed: Printed, flops: bool = True) -> tuple[int, int | None, int |
         run: int | None = None
         as_paper: int | None = None
         if flops:
-            x = torch.empty(1, 3, 224, 224, device="meta")
+            x = torch.empty(1, 3, *((CLIP,) if printed.ndim == 3 else ()), 224, 224, device="meta")
             run, as_paper = multiply_adds(module, x)
             if printed.system == "vcr":
                 as_paper = multiply_adds(literal(printed), x)[1]
@@ -291,7 +296,7 @@ def _key(printed: Printed) -> tuple[Any, ...]:
 def count_row(printed: Printed) -> TableRow:
     """A row's counts beside what the paper prints, and the reason where they differ."""
     key = tuple(sorted(printed.options.items()))
-    total, run, as_paper = counts(printed, printed.table in (1, 5))
+    total, run, as_paper = counts(printed, printed.table in GFLOPS_TABLES)
     if printed.table == 2:
         total -= counts(replace(printed, system=PLAIN, options={}), False)[0]
     row = TableRow(

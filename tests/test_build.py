@@ -94,8 +94,15 @@ def test_build_info():
     assert bool(info["cuda_archs"]) == library.CUDA_PATH.is_file()
     assert info["compiler"]
     assert info["variants"] == _C.variants()
+    assert _C.active_isa() == library.active_isa()
     assert library.active_isa() in library.isa_levels()
     assert set(library.isa_levels()) <= set(LEVELS)
+
+
+def test_info_module_without_the_op_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library, "why_not", lambda: "the C++ ops aren't built")
+    with pytest.raises(RuntimeError, match=r"^the C\+\+ ops aren't built$"):
+        _C.active_isa()
 
 
 def test_environment_report():
@@ -106,7 +113,7 @@ def test_environment_report():
 
 @pytest.mark.parametrize("level", [*LEVELS, "sse9"])
 def test_named_level(level: str):
-    code = "import vcr_ops; print(vcr_ops.library.active_isa())"
+    code = "from vcr_ops import _C; print(_C.active_isa())"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"VCR_OPS_ISA": level}, capture_output=True, text=True
     )

@@ -210,6 +210,40 @@ def test_all_that_is_wrong_is_listed() -> None:
     assert "head" not in assert_unchanged(Small(), published, r"shape of bn1\.weight")
 
 
+def test_entries_that_can_t_be_copied_are_listed() -> None:
+    """One after the other they would leave the model half loaded, and some would load without what they are."""
+    published = small_state()
+    del published["conv1.weight"]
+    # The last entries, so that what comes before them would have been copied.
+    wrong = {
+        "layer4.0.bn2.weight": torch.empty_like(published["layer4.0.bn2.weight"], device="meta"),
+        "layer4.0.bn2.num_batches_tracked": torch.tensor(2.5),
+        "layer4.0.conv3.weight": published["layer4.0.conv3.weight"].to_sparse(),
+        "layer4.0.bn3.weight": published["layer4.0.bn3.weight"].to(torch.complex64),
+        "layer4.0.bn3.bias": published["layer4.0.bn3.bias"].bool(),
+        "layer4.0.bn3.running_mean": [0.0],
+        "layer4.0.bn3.running_var": published["layer4.0.bn3.running_var"].int(),
+        "layer4.0.bn3.num_batches_tracked": torch.tensor(True),
+        "fc.weight": torch.ones(3, 3).to_sparse(),
+    }
+    text = assert_unchanged(Small(), published | wrong, "the state dict doesn't fit the model")
+    assert text.splitlines()[1:] == [
+        "  missing: conv1.weight",
+        "  kind of layer4.0.bn2.weight: a tensor on the meta device, which has no numbers",
+        "  kind of layer4.0.bn2.num_batches_tracked: float32, the model has whole numbers",
+        "  kind of layer4.0.conv3.weight: a tensor of layout torch.sparse_coo, no dense one",
+        "  kind of layer4.0.bn3.weight: complex64, the model has floating point",
+        "  kind of layer4.0.bn3.bias: bool, the model has floating point",
+        "  kind of layer4.0.bn3.running_mean: a list, no tensor",
+        "  kind of layer4.0.bn3.running_var: int32, the model has floating point",
+        "  kind of layer4.0.bn3.num_batches_tracked: bool, the model has whole numbers",
+        "  kind of fc.weight: a tensor of layout torch.sparse_coo, no dense one",
+        "  shape of fc.weight: (3, 3), the model has (5, 2048)",
+    ]
+    assert_unchanged(Small(), small_state() | {"epoch": 3}, "unknown: epoch")
+    assert_unchanged(Small(), 3, "source is a int; it takes a path or a state dict", TypeError)
+
+
 def test_head() -> None:
     published = small_state(classes=7)
     net = Small()
@@ -249,6 +283,10 @@ def test_files_that_can_t_be_read(tmp_path: Path) -> None:
         text = assert_unchanged(net, tmp_path / f"{name}.pth", rf"{name}\.pth can't be read as weights alone")
         assert "weights_only=False" not in text
     assert_unchanged(net, tmp_path / "none.pth", re.escape("none.pth"), FileNotFoundError)
+    for name in ("folder.pth", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+        assert_unchanged(net, tmp_path / name, rf"{re.escape(name)} can't be read: Is a directory")
+    assert_unchanged(net, tmp_path / "empty.pth" / "x.pth", r"x\.pth can't be read: Not a directory")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import vcr_ops
 from tests.backends import TRITON
-from tests.small import BACKENDS, feature_map, middle
+from tests.resnexts import resnet
+from tests.small import BACKENDS, block, feature_map, middle
 
 C, P, PT, S = 3, 4, 4, (5, 2)
 Change = dict[str, Any]
@@ -223,6 +224,136 @@ def test_single_modules(backend: str) -> None:
     refused(one, torch.rand(1, 1, 4), ValueError, "Expected more than 1 value per channel when training")
 
 
+def converted() -> nn.Module:
+    return vcr_ops.convert(resnet("timm").layer1)[1]
+
+
+def network(**options: Any) -> vcr_ops.VCRNet:
+    return vcr_ops.VCRNet((1, 1, 1, 1), 5, groups=4, **options)
+
+
+TAKERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "block": (block, 16),
+    "converted": (converted, 16),
+    "network": (network, 3),
+    "pyramid": (lambda: vcr_ops.VCRPyramid((1, 1, 1, 1), groups=4), 3),
+}
+INPUTS: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
+    (lambda x: x.tolist(), TypeError, "x is a list; it takes a tensor"),
+    (lambda x: x.int(), TypeError, "x is int32; it takes float32, float64, bfloat16, float16"),
+    (lambda x: x.to(torch.complex64), TypeError, "x is complex64; it takes"),
+    (lambda x: x.half(), TypeError, "x is float16 on the CPU, where it takes float32, float64 or bfloat16"),
+    (lambda x: x.to_sparse(), TypeError, "x has layout torch.sparse_coo; it takes a dense tensor"),
+    (lambda x: x.double(), TypeError, "x is float64; beside float32 weights it takes float32"),
+    (lambda x: x.bfloat16(), TypeError, "x is bfloat16; beside float32 weights it takes float32"),
+    (lambda x: x.to("meta"), ValueError, "x is on meta; it takes the weights' device, cpu"),
+    (lambda x: x[:, :2], ValueError, "x has 2 channels, its shape is (2, 2, 8, 8); it takes (N, {channels}, H, W)"),
+    (lambda x: x[0], ValueError, "x has 3 dims, ({channels}, 8, 8); it takes (N, {channels}, H, W)"),
+    (lambda x: x[..., None], ValueError, "x has 5 dims"),
+    (lambda x: x[..., :0], ValueError, "x has no positions: its shape is (2, {channels}, 8, 0); only N may be 0"),
+    (lambda x: x.half().to("meta"), ValueError, "x is on meta"),
+]
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_inputs(name: str) -> None:
+    make, channels = TAKERS[name]
+    m = make()
+    fits = feature_map(2, channels, 8, 8)
+    for change, error, message in INPUTS:
+        refused(m, change(fits), error, message.format(channels=channels))
+
+
+def test_inputs_of_other_dims() -> None:
+    refused(
+        network(ndim=3), feature_map(1, 3, 8, 8), ValueError, "x has 4 dims, (1, 3, 8, 8); it takes (N, 3, T, H, W)"
+    )
+    refused(vcr_ops.VCRBlock(16, 16, ndim=1), x, ValueError, "it takes (N, 16, L)")
+    with pytest.raises(ValueError, match="x is on cpu; it takes the weights' device, meta"):
+        block().to("meta")(feature_map(2, 16, 4, 4))
+
+
+def test_inputs_under_autocast() -> None:
+    """Convolutions cast what isn't float64, weights as well as maps."""
+    for weights in (torch.float32, torch.bfloat16):
+        b = block().to(weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert b(feature_map(2, 16, 4, 4).to(dtype)).shape == (2, 16, 4, 4)
+            refused(b, feature_map(2, 16, 4, 4).double(), TypeError, "x is float64; beside")
+            refused(b, feature_map(2, 16, 4, 4).int(), TypeError, "x is int32; it takes")
+
+
+def test_inputs_that_others_see_first() -> None:
+    """What a hook or another module makes of x is theirs to know, as are tensors that are no plain ones."""
+
+    class Other(Tensor):
+        pass
+
+    images = feature_map(2, 3, 32, 32)
+    net = network().eval()
+    expected = net(images)
+    assert torch.equal(net(images.as_subclass(Other)).as_subclass(Tensor), expected)
+    net.conv1.register_forward_pre_hook(lambda m, args: (args[0][:, :3].float(),))
+    assert torch.equal(net(torch.cat((images, images), 1).double()), expected)
+    net.conv1 = nn.Sequential(nn.Conv2d(1, 64, 1), nn.MaxPool2d(2))
+    assert net(images[:, :1]).shape == (2, 5)
+    for n in (0, 2):
+        batched = torch.vmap(block("composite").eval())(torch.randn(3, n, 16, 4, 4))
+        assert batched.shape == (3, n, 16, 4, 4)
+
+
+def one(stride: int = 1, **options: Any) -> nn.Module:
+    return vcr_ops.VCRBlock(16, 16, stride, **({"groups": 4} | options))
+
+
+SINGLES: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
+    (one, (1, 16, 1, 1), "x has N*S = 1 value per channel at bn1, (1, 16, 1, 1)"),
+    (lambda: one(2), (1, 16, 2, 1), "x has N*S = 1 value per channel at bn2, (1, 16, 2, 1)"),
+    (lambda: one(groups=1, base_width=16), (1, 16, 8, 8), "x has one image of C = 1 concept at reasoner.bn"),
+    (converted, (1, 16, 1, 1), "x has N*S = 1 value per channel at bn1"),
+    (network, (1, 3, 8, 8), "x has N*S = 1 value per channel at layer2.0.bn2, (1, 3, 8, 8)"),
+    (network, (1, 3, 32, 32), "x has N*S = 1 value per channel at layer4.0.bn2"),
+    (network, (1, 3, 2, 2), "x has N*S = 1 value per channel at bn1"),
+    (lambda: network(output_stride=16), (1, 3, 16, 16), "x has N*S = 1 value per channel at layer3.0.bn2"),
+    (lambda: network(output_stride=8), (1, 3, 8, 8), "x has N*S = 1 value per channel at layer2.0.bn2"),
+    (TAKERS["pyramid"][0], (1, 3, 8, 8), "x has N*S = 1 value per channel at layer2.0.bn2"),
+    (
+        lambda: vcr_ops.VCRNet((1, 1, 1, 1), groups=1),
+        (1, 3, 64, 64),
+        "x has one image of C = 1 concept at layer1.0.reasoner.bn, (1, 3, 64, 64)",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, shape, message", SINGLES)
+def test_one_value_per_channel_of_inputs(make: Callable[[], nn.Module], shape: tuple[int, ...], message: str) -> None:
+    m, images = make(), feature_map(*shape)
+    refused(m, images, ValueError, f"Expected more than 1 value per channel when training: {message}")
+    m.eval()(images)
+
+
+def test_one_value_per_channel_that_is_enough() -> None:
+    """Other norms, frozen ones, stages that don't run, more images: no error where nothing is wrong."""
+    one(2)(feature_map(1, 16, 3, 1))
+    one(2)(feature_map(2, 16, 1, 1))
+    one(2)(feature_map(0, 16, 1, 1))
+    one(norm_layer=lambda channels: nn.GroupNorm(1, channels))(feature_map(1, 16, 1, 1))
+    b = one()
+    for norm in (b.bn1, b.bn2, b.bn3, b.downsample[1]):
+        norm.eval()
+    b(feature_map(1, 16, 1, 1))
+    b.downsample[1].train()
+    refused(b, feature_map(1, 16, 1, 1), ValueError, "at downsample.1")
+    net = network()
+    net(feature_map(1, 3, 33, 32))
+    net.forward_intermediates(feature_map(1, 3, 8, 8), [1], stop_early=True)
+    vcr_ops.VCRPyramid((1, 1, 1, 1), (0, 1), groups=4)(feature_map(1, 3, 8, 8))
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    net(feature_map(1, 3, 16, 9))
+    refused(net, feature_map(1, 3, 8, 8), ValueError, "at layer4.0.bn2")
+
+
 ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
     ({"channels": 10}, ValueError, "channels is 10, which concepts=3 doesn't divide"),
     ({"channels": 12.0}, TypeError, "channels is 12.0; it takes an int"),
@@ -238,6 +369,10 @@ ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
         "backend is 'cuda12'; it takes one of 'auto', 'cpp', 'triton', 'cuda', 'composite'",
     ),
     ({"ndim": 4}, ValueError, "ndim is 4; it takes 1, 2 or 3"),
+    ({"ndim": [2]}, ValueError, "ndim is [2]; it takes 1, 2 or 3"),
+    ({"ndim": True}, ValueError, "ndim is True; it takes 1, 2 or 3"),
+    ({"norm_layer": nn.BatchNorm2d(4)}, TypeError, "norm_layer is a BatchNorm2d; it takes a class or function"),
+    ({"norm_layer": "batch"}, TypeError, "norm_layer is a str; it takes a class or function"),
 ]
 
 
@@ -249,6 +384,45 @@ def test_constructors(change: Change, error: type[Exception], message: str) -> N
     if change:
         with pytest.raises(error, match=re.escape(message)):
             vcr_ops.VCRBlock(64, 64, **change)
+
+
+BLOCK_ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
+    ({"stride": 0}, ValueError, "stride is 0; it takes at least 1"),
+    ({"stride": "1"}, TypeError, "stride is '1'; it takes an int"),
+    ({"stride": (1, 2)}, TypeError, "stride is (1, 2); it takes an int"),
+    ({"dilation": 0}, ValueError, "dilation is 0; it takes at least 1"),
+    ({"dilation": 1.0}, TypeError, "dilation is 1.0; it takes an int"),
+    ({"base_width": "4"}, TypeError, "base_width is '4'; it takes an int"),
+    ({"base_width": 0}, ValueError, "base_width is 0; it takes at least 1"),
+    ({"downsample": "x"}, TypeError, "downsample is 'x'; it takes an nn.Module or None"),
+    ({"downsample": nn.Identity}, TypeError, "downsample is <class"),
+]
+NETWORK_ARGUMENTS: list[tuple[Change, type[Exception], str]] = [
+    ({"width_per_group": "4"}, TypeError, "width_per_group is '4'; it takes an int"),
+    ({"output_stride": [32]}, TypeError, "output_stride is [32]; it takes an int"),
+    ({"output_stride": 32.0}, TypeError, "output_stride is 32.0; it takes an int"),
+    ({"norm_layer": nn.BatchNorm2d(4)}, TypeError, "norm_layer is a BatchNorm2d; it takes a class or function"),
+    *(
+        (
+            {"replace_stride_with_dilation": got},
+            TypeError,
+            f"replace_stride_with_dilation is {got!r}; it takes None or three booleans",
+        )
+        for got in (3, "abc", (1, 0, 0), {True, False})
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BLOCK_ARGUMENTS)
+def test_block_arguments(change: Change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        vcr_ops.VCRBlock(64, 64, **change)
+
+
+@pytest.mark.parametrize("change, error, message", NETWORK_ARGUMENTS)
+def test_network_arguments(change: Change, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        network(**change)
 
 
 def test_block_and_network_arguments() -> None:

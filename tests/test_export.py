@@ -1,4 +1,4 @@
-"""torch.export with a dynamic batch, and AOTInductor from it, give eager mode's values."""
+"""torch.export with a dynamic batch, AOTInductor from it, and ONNX files give eager mode's values."""
 
 import copy
 from pathlib import Path
@@ -49,12 +49,51 @@ def test_training_mode_moves_the_statistics(backend: str) -> None:
         torch.testing.assert_close(b, buffers[name])
 
 
-def test_onnx_export_takes_the_composite(monkeypatch: pytest.MonkeyPatch) -> None:
+NOT_BY_NAME = r"ONNX export can't look into the C\+\+ ops; use backend='composite'"
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_onnx_export_takes_the_composite(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which torch.onnx.export(dynamo=True) captures, without the packages that it needs."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    program = exported(middle("auto").eval(), 3, 12, 4, 5)
+    program = exported(middle("auto").eval(), 3, 12, 4, 5, strict=strict)
     assert "vcr_ops" not in program.graph_module.code
-    with pytest.raises(RuntimeError, match=r"ONNX export can't look into the C\+\+ ops; use backend='composite'"):
-        exported(middle("cpp").eval(), 3, 12, 4, 5)
+    with pytest.raises(RuntimeError, match=NOT_BY_NAME):
+        exported(middle("cpp").eval(), 3, 12, 4, 5, strict=strict)
+
+
+def to_onnx(module: nn.Module, x: torch.Tensor, path: Path, dynamo: bool) -> None:
+    """A real export with a dynamic batch; skips the test where its packages aren't installed."""
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it; the library itself doesn't")
+    if dynamo:
+        options: dict[str, Any] = {"dynamic_shapes": ({0: Dim("batch", min=1, max=64)},)}
+    else:
+        options = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    torch.onnx.export(module, (x,), path, dynamo=dynamo, verbose=False, **options)
+
+
+ONNX_WARNINGS = pytest.mark.filterwarnings("ignore")  # the exporters' own: of age, of what they can't prove
+
+
+@ONNX_WARNINGS
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx_file_has_the_values(dynamo: bool, tmp_path: Path) -> None:
+    b = block("auto", modulation="pixel").eval()
+    to_onnx(b, feature_map(3, 16, 6, 5), tmp_path / "block.onnx", dynamo)
+    run = pytest.importorskip("onnx.reference").ReferenceEvaluator(str(tmp_path / "block.onnx"))
+    for n in (1, 3, 5):
+        x = feature_map(n, 16, 6, 5, seed=n)
+        (out,) = run.run(None, {run.input_names[0]: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), b(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@ONNX_WARNINGS
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx_export_by_name_raises(dynamo: bool, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=NOT_BY_NAME):
+        to_onnx(middle("cpp").eval(), feature_map(3, 12, 4, 5), tmp_path / "middle.onnx", dynamo)
+    assert torch.onnx.is_in_onnx_export() is False
+    assert middle("cpp").eval()(feature_map(3, 12, 4, 5)).isfinite().all()  # and what comes after isn't traced
 
 
 def test_what_is_exported_is_for_inference() -> None:

@@ -84,7 +84,7 @@ def test_leaves_the_model_as_it_was() -> None:
     x = torch.randn(2, 24, 5, 5, dtype=torch.float64)
     assert list(inspect(model, x)) == ["0", "2"]
     assert same(state_of(model), before)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="x has 7 channels"):
         inspect(model, x[:, :7])
     assert same(state_of(model), before)
     assert model.training

@@ -1,4 +1,4 @@
-"""Proves: batch norm, shortcut and ReLU around the middle are one right op in evaluation, where nobody could tell."""
+"""Proves: batch norm, shortcut and ReLU around the middle are one right op on CPUs, where nobody could tell."""
 
 import copy
 from typing import Any
@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import python_ref
 import vcr_ops
 from tests.closeness import Closeness, Result
-from tests.small import enliven, feature_map
+from tests.small import assert_same, enliven, feature_map, results
 from vcr_ops.modules.norm_relu import run_norm_relu
-from vcr_ops.ops.norm_relu.op import NO_NORM, NormConstants, norm_relu
+from vcr_ops.ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -34,10 +34,10 @@ class Recorded(TorchDispatchMode):
 
 
 def fused(module: Any, *inputs: Tensor) -> int:
-    """How often a call of the module runs the op."""
+    """How often a call of the module runs one of the ops."""
     with Recorded() as seen:
         module(*inputs)
-    return seen.names.count("norm_relu")
+    return seen.names.count("norm_relu") + seen.names.count("batch_norm_relu")
 
 
 def draw_norm(channels: int, seed: int) -> nn.BatchNorm2d:
@@ -141,6 +141,137 @@ def test_threads_batch_and_nonfinite_numbers(threads: Any) -> None:
         assert torch.equal(found[0].isinf(), wanted.isinf())
 
 
+def training_step(
+    y: Tensor, bn: Any, shortcut: Tensor | None, grad: Tensor, dtype: torch.dtype, *, ours: bool
+) -> Result:
+    """Outputs and gradients in a type; the running statistics are among the outputs."""
+    bn = copy.deepcopy(bn).train()
+    if dtype == torch.float64:
+        bn = bn.double()
+    leaves = {"y": y.detach().to(dtype).requires_grad_()}
+    if shortcut is not None:
+        leaves["shortcut"] = shortcut.detach().to(dtype).requires_grad_()
+    if ours:
+        with Recorded() as seen:
+            out = run_norm_relu(leaves["y"], bn, nn.ReLU(), "cpp", leaves.get("shortcut"))
+        assert seen.names.count("batch_norm_relu") == 1
+    else:
+        z = bn(leaves["y"])
+        out = torch.relu(z + leaves["shortcut"] if shortcut is not None else z)
+    if bn.weight is not None:
+        leaves |= {"weight": bn.weight, "bias": bn.bias}
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype))
+    for x, gradient in zip(leaves.values(), gradients, strict=True):
+        assert gradient.dtype == x.dtype
+        assert gradient.shape == x.shape
+    outputs = {"out": out.detach(), "mean": bn.running_mean, "var": bn.running_var}
+    assert bn.num_batches_tracked == 1
+    return Result(outputs, dict(zip(leaves, gradients, strict=True)))
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size[0]] + [(5, 40, 7, 7), (3, 16, 30, 37)], ids=str)
+@pytest.mark.parametrize("shortcut", ["none", "plain"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_training(dtype: str, layout: str, shortcut: str, size: tuple[int, ...]) -> None:
+    kind = DTYPES[dtype]
+    closeness = Closeness(kind, f"batch_norm_relu {dtype} {layout} {shortcut} {size}")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        maps = [(torch.randn(size) * 2 + 3 * (k == 0)).to(kind) for k in range(3)]
+        y, other, grad = (x.contiguous(memory_format=FORMATS[layout]) for x in maps)
+        other = other if shortcut == "plain" else None
+        bn = draw_norm(size[1], seed)
+        exact = equation(y, bn.train(), other, None, torch.float64)
+        grad = grad.masked_fill(near_kink(y, bn, other), 0)  # there the ReLU may go either way
+        assert exact.shape == grad.shape
+        sides = [
+            training_step(y, bn, other, grad, kind, ours=True),
+            training_step(y, bn, other, grad, kind, ours=False),
+            training_step(y, bn, other, grad, torch.float64, ours=False),
+        ]
+        closeness.add(*sides)
+    closeness.check()
+
+
+def near_kink(y: Tensor, bn: Any, shortcut: Tensor | None) -> Tensor:
+    z = copy.deepcopy(bn).double().train()(y.double())
+    z = z if shortcut is None else z + shortcut.double()
+    return z.detach().abs() < (0.05 if y.dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_gradcheck(layout: str, shortcut: bool, affine: bool) -> None:
+    torch.manual_seed(0)
+    y, other = (
+        torch.randn(3, 5, 4, 3, dtype=torch.float64).contiguous(memory_format=FORMATS[layout]) for _ in range(2)
+    )
+    weight, bias = torch.randn(2, 5, dtype=torch.float64)
+    inputs = [y, weight if affine else None, bias if affine else None, 1e-3, other if shortcut else None]
+    for x in inputs:
+        if isinstance(x, Tensor):
+            x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: batch_norm_relu(*a)[0], inputs)
+    out = batch_norm_relu(*inputs)[0]
+    (first,) = torch.autograd.grad(out.square().sum(), y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="batch_norm_relu: the fused kernels have no double backward"):
+        first.sum().backward()
+
+
+def test_batch_norm_s_own_rules() -> None:
+    """Buffers step by step beside nn.BatchNorm's, whatever its options; what it refuses is refused alike."""
+    torch.manual_seed(0)
+    for options in ({}, {"momentum": None}, {"momentum": 0.3, "affine": False}, {"track_running_stats": False}):
+        ours, theirs = (nn.BatchNorm2d(6, **options) for _ in range(2))
+        for _ in range(3):
+            y = torch.randn(4, 6, 5, 3)
+            with torch.no_grad():
+                found, wanted = run_norm_relu(y, ours, torch.relu, "auto"), torch.relu(theirs(y))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+            for name, buffer in theirs.named_buffers():
+                torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-6, atol=1e-7)
+    bn = nn.BatchNorm2d(6)
+    with vcr_ops.no_running_stats_update():
+        run_norm_relu(torch.randn(4, 6, 5, 3), bn, nn.ReLU(), "auto")
+    assert bn.num_batches_tracked == 0
+    assert torch.equal(bn.running_mean, torch.zeros(6))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        run_norm_relu(torch.randn(1, 6, 1, 1), bn, nn.ReLU(), "auto")
+
+
+def test_training_strides_threads_and_parts(threads: Any) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(4, 12, 9, 8)
+    bn = draw_norm(6, 1).train()
+    for y in (base[:3, ::2, :5, :4], base.transpose(2, 3)[:3, 3:9, :5, :4], torch.randn(3, 6, 1, 1).expand(3, 6, 5, 4)):
+        for grad in (torch.randn(1).expand(3, 6, 5, 4), torch.randn(3, 4, 5, 6).transpose(1, 3)):
+            y = y + torch.randn(3, 6, 1, 1) if y.stride(2) == 0 else y
+            for other in (None, base[1:, 3:9, 2:7, 1:5]):
+                found = training_step(y, bn, other, grad, torch.float32, ours=True).tensors()
+                wanted = training_step(y, bn, other, grad, torch.float32, ours=False).tensors()
+                for name, x in wanted.items():
+                    torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)
+    for layout in FORMATS.values():
+        y, other, grad = (torch.randn(5, 48, 40, 41).contiguous(memory_format=layout) for _ in range(3))
+        big, sides = draw_norm(48, 2), []
+        for count in (1, 2, 3):
+            threads(count)
+            sides.append(training_step(y, big, other, grad, torch.float32, ours=True).tensors())
+        for side in sides[1:]:
+            assert all(torch.equal(x, side[name]) for name, x in sides[0].items())
+    frozen = draw_norm(6, 3).train().requires_grad_(False)
+    y = torch.randn(3, 6, 5, 4)
+    assert not run_norm_relu(y, frozen, nn.ReLU(), "auto").requires_grad
+    x = torch.randn(3, 6, 5, 4, requires_grad=True)
+    run_norm_relu(y, frozen, nn.ReLU(), "auto", x).sum().backward()
+    assert x.grad is not None
+    half = draw_norm(6, 3).train().bfloat16()
+    run_norm_relu(y.bfloat16(), half, nn.ReLU(), "auto").sum().backward()
+    assert half.weight.grad.dtype == torch.bfloat16
+
+
 def block(**options: Any) -> Any:
     torch.manual_seed(0)
     made = vcr_ops.VCRBlock(8, 4, 2, groups=2, base_width=64, **options)
@@ -205,7 +336,7 @@ def without_statistics(b: Any) -> None:
 # What is done to a block, and how many of its two ops are left.
 CHANGES = {
     "nothing": (lambda b: None, 2),
-    "training": (lambda b: b.train(), 0),
+    "training": (lambda b: b.train(), 2),
     "a training norm": (lambda b: b.bn3.train(), 1),
     "a hook on bn1": (hook_on("bn1"), 1),
     "a hook on relu": (hook_on("relu"), 0),
@@ -214,7 +345,7 @@ CHANGES = {
     "a hook on a convolution": (hook_on("conv3"), 2),
     "another norm": (lambda b: setattr(b, "bn3", nn.GroupNorm(2, 16).eval()), 1),
     "a subclass of BatchNorm": (lambda b: setattr(b, "bn1", Other(8).eval()), 1),
-    "no running statistics": (without_statistics, 1),
+    "no running statistics": (without_statistics, 2),
     "another activation": (lambda b: setattr(b, "relu", nn.GELU()), 0),
     "a forward of its own": (lambda b: setattr(b.bn1, "forward", b.bn1.forward), 1),
     "another shortcut": (lambda b: setattr(b, "downsample", nn.Conv2d(8, 16, 1, 2).eval()), 2),
@@ -248,7 +379,21 @@ def test_hooks_run() -> None:
         assert module in called
 
 
-def test_gradients_take_the_modules() -> None:
+@pytest.mark.parametrize("layout", FORMATS)
+def test_block_s_training_step(layout: str) -> None:
+    """Gradients and buffers are those of the modules one by one."""
+    b = block().train()
+    x = X.contiguous(memory_format=FORMATS[layout])
+    assert fused(b, x) == 2
+    found = results(b, x.clone())
+    for name in ("bn1", "bn3"):
+        b.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert fused(copy.deepcopy(b), x) == 0
+    wanted = results(b, x.clone())
+    assert_same(found, wanted, 1e-4)
+
+
+def test_gradients_of_known_statistics_take_the_modules() -> None:
     b = block()
     assert fused(b, X) == 0
     x = X.clone().requires_grad_()
@@ -302,6 +447,13 @@ def test_the_op_by_itself() -> None:
         y, shortcut = (x.contiguous(memory_format=memory_format) for x in (y, shortcut))
         for arguments in ((y, *bn, None, *NO_NORM), (y, *bn, shortcut, *bn), (y, *NO_NORM, shortcut, *NO_NORM)):
             torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    for arguments in ((y, bn.weight, bn.bias, 1e-5, shortcut), (y, None, None, 1e-5, None)):
+        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
+        torch.library.opcheck(
+            torch.ops.vcr_ops.batch_norm_relu.default,
+            leaves,
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
+        )
     with pytest.raises(NotImplementedError, match="norm_relu is for inference"):
         op(y.clone().requires_grad_(), *bn, None, *NO_NORM).sum().backward()
     # memory is guarded whoever calls

@@ -88,6 +88,27 @@ def test_opcheck(op, layout, dtype):
             torch.library.opcheck(getattr(OPS, f"{op}_backward").default, arguments, test_utils=utils[:2])
 
 
+@pytest.mark.parametrize("op", ADAPTERS)
+def test_fake_kernels_take_one_device(op):
+    """Each tensor in turn is on another device than the rest: forward and backward say so before they return fakes."""
+    case = variants(op, "contiguous", "f32")[0]
+    adapter = ADAPTERS[op]
+    inputs, gradients = adapter.draw(case)
+    with torch.no_grad():
+        leaves = {name: x.detach() for name, x in adapter.leaves(inputs, case).items()}
+        forward = forward_arguments(case, leaves, True)
+        outputs = getattr(OPS, op)(*forward)
+        grads = {name: g.float() for name, g in gradients.items()}
+        for name, arguments in ((op, forward), (f"{op}_backward", backward_arguments(case, leaves, outputs, grads))):
+            function = getattr(OPS, name).default
+            places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+            assert len(places) > 2
+            for place in places:
+                mixed = [x.to("meta") if i == place else x for i, x in enumerate(arguments)]
+                with pytest.raises(ValueError, match=f"^{name} takes tensors on one device; these are on .* and "):
+                    function(*mixed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("op", ADAPTERS)

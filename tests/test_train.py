@@ -230,12 +230,31 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is none in"):
         trained(replace(SMALL, system="vcr-converted"), tmp_path)
     path = tmp_path / f"{SMALL.name}.pt"
-    state: dict[str, Any] = {"step": 0}
-    checkpoint.save(path, SMALL, state)
+    checkpoint.save(path, SMALL, {"step": 0})
     with pytest.raises(ValueError, match="is of another run \\(steps 6, not 7\\)"):
         trained(replace(SMALL, steps=7), tmp_path)
+    missing = "no network; no average; no optimizer; no losses; no times; no start; no peak"
+    with pytest.raises(ValueError, match=rf"{SMALL.name}\.pt is no run's checkpoint: {missing}"):
+        trained(SMALL, tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="can't be read"):
+        trained(SMALL, tmp_path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=rf"{SMALL.name}\.pt is no run's checkpoint: it holds a list"):
+        trained(SMALL, tmp_path)
+    torch.save(build(SMALL, 10).state_dict(), path)  # a checkpoint, but no run's
+    with pytest.raises(ValueError, match=r"is no run's checkpoint: no settings; no network; .* no peak"):
+        trained(SMALL, tmp_path)
+    state = dict(network={}, average={}, optimizer={"lr": 1}, step="6", losses=[0.5, "1"], times=[], start=1.0, peak=2)
+    checkpoint.save(path, SMALL, state)
+    text = "checkpoint: step is a str, not an int; losses is a list, not a list of numbers$"
+    with pytest.raises(ValueError, match=text):
+        trained(SMALL, tmp_path)
+    checkpoint.save(path, SMALL, state | dict(step=6, losses=[]))
+    text = (
+        r"\.pt doesn't fit the run: network \(RuntimeError: .*conv1.*; average \(Run.*; optimizer \(KeyError: 'param_g"
+    )
+    with pytest.raises(ValueError, match=text):
         trained(SMALL, tmp_path)
     wrong = subprocess.run(command(tmp_path, "--every", "0"), cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2

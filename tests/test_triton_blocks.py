@@ -22,7 +22,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from vcr_ops.ops.concept_reason import triton as reason
-    from vcr_ops.ops.vcr_middle import triton as middle
+    from vcr_ops.ops.vcr_middle import triton_backward_launches as middle
     from vcr_ops.triton_common import sizes
 
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
@@ -52,10 +52,10 @@ def test_states_of_several_images_in_a_row(edges: str, channels_last: bool, monk
     """Large batches: a program reasons for several images, the last one for fewer, and later ones take turns."""
     from tests.small import assert_same, feature_map, results
     from tests.small import middle as module
-    from vcr_ops.ops.vcr_middle import triton as middle
+    from vcr_ops.ops.vcr_middle import triton_backward_launches, triton_forward_launches
 
     y = feature_map(5, 12, 3, 5, dtype=torch.float64, channels_last=channels_last)
-    monkeypatch.setattr(middle, "STATE_ROWS", 2)
-    monkeypatch.setattr(middle, "STATE_PROGRAMS", 3)
+    monkeypatch.setattr(triton_forward_launches, "STATE_ROWS", 2)
+    monkeypatch.setattr(triton_backward_launches, "STATE_PROGRAMS", 3)
     ours, other = (results(module(name, edges=edges).double(), y) for name in ("triton", "composite"))
     assert_same(ours, other, 1e-10)

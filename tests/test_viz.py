@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.photographs import photographs
 from vcr_ops import VCRNet, inspect
-from vcr_ops.viz import draw
+from vcr_ops.viz import draw, figures
 from vcr_ops.viz.__main__ import main
 from vcr_ops.viz.network import load_network
 
@@ -117,6 +117,21 @@ def test_a_checkpoint_tells_the_network(options: dict[str, str], tmp_path: Path)
         ("chelsea.png", "network.pth", ["--blocks", "layer9.0"], "'layer9.0', which is no block"),
         ("chelsea.png", "network.pth", ["--size", "8"], "--size is 8"),
         ("chelsea.png", "network.pth", ["--std", "1", "0", "1"], "--std is"),
+        ("chelsea.png", "network.pth", ["--std", "1", "nan", "1"], "--std is .*nan.*; it takes positive, finite"),
+        ("chelsea.png", "network.pth", ["--mean", "nan", "0", "1"], "--mean is .*nan.*; it takes finite numbers"),
+        ("chelsea.png", "network.pth", ["--device", "cuda:99"], "--device is 'cuda:99', which can't be used here: ."),
+        ("chelsea.png", "network.pth", ["--device", "gpu"], "--device is 'gpu', which can't be used here: ."),
+        ("chelsea.png", "network.pth", ["--device", "meta"], "--device is 'meta', where nothing is computed"),
+        ("chelsea.png", ".", [], "can't be read: Is a directory"),
+        (
+            "chelsea.png",
+            "dims.pth",
+            [],
+            r"is no VCRNet's checkpoint: fc.weight has shape \(\); .*; conv1.weight has shape \(3,\); .*; "
+            r"layer1.0.sampler.value has shape \(4,\); a VCRNet's has 3 dims.*; layer1.0.reasoner.edge has shape \(\)",
+        ),
+        ("chelsea.png", "scalar.pth", [], r"layer1.0.sampler.value has shape \(\); a VCRNet's has 3 dims"),
+        ("chelsea.png", "numbers.pth", [], "fc.weight is a float, no tensor"),
     ],
 )
 def test_errors(
@@ -130,6 +145,11 @@ def test_errors(
 ) -> None:
     state = network().state_dict()
     torch.save({key: x for key, x in state.items() if "sampler" not in key}, files / "resnext.pth")
+    value, scalar = "layer1.0.sampler.value", torch.tensor(1.0)
+    dims = {"fc.weight": scalar, "conv1.weight": torch.ones(3), value: torch.ones(4), "layer1.0.reasoner.edge": scalar}
+    torch.save(state | dims, files / "dims.pth")
+    torch.save(state | {value: scalar}, files / "scalar.pth")
+    torch.save(state | {"fc.weight": 0.5}, files / "numbers.pth")
     state["more"] = state.pop("layer2.0.conv1.weight")
     state["layer3.0.bn1.bias"] = torch.zeros(3)
     torch.save(state, files / "broken.pth")
@@ -139,6 +159,29 @@ def test_errors(
     error = capsys.readouterr().err
     assert re.search(message, error, re.DOTALL), error
     assert not list(tmp_path.iterdir())
+
+
+def test_an_image_over_pillow_s_limit(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    given = [str(files / "chelsea.png"), "--checkpoint", str(files / "network.pth"), "--out", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert re.search("the image .*chelsea.png has more pixels than Pillow opens", capsys.readouterr().err)
+
+
+def test_out_is_a_file(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "more" / "out"):
+        given = [str(files / "chelsea.png"), "--checkpoint", str(files / "network.pth"), "--out", str(out)]
+        assert main(given) == 2
+        assert f"--out is {out}; it takes a folder, and {file} is a file" in capsys.readouterr().err
+    seen = inspect(network(), torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="a file; it takes a folder"):
+        draw(seen, [np.zeros((32, 32, 3), np.uint8)], ["a"], file)
+    assert file.read_text() == "kept"
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_needs_weights(files: Path, tmp_path: Path) -> None:
@@ -169,3 +212,20 @@ def test_draw_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 spatial dims; it takes 2"):
         draw(inspect(video, torch.randn(1, 3, 2, 32, 32)), [picture], ["a"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("states", [torch.rand(3, 4), torch.ones(9, 4), torch.zeros(0, 4)], ids=["few", "same", "none"])
+def test_states_that_cannot_be_laid_out(states: torch.Tensor) -> None:
+    message = rf"t-SNE takes at least 4 states that differ; these are {len(states)}, or all the same"
+    with pytest.raises(ValueError, match=message):
+        figures.embed(states, 0)
+
+
+def test_blocks_whose_states_cannot_be_laid_out_get_no_picture_of_them(tmp_path: Path) -> None:
+    silent = network().requires_grad_(False)
+    silent.layer1[0].sampler.value.zero_()  # all its states are zero
+    seen = inspect(silent, torch.randn(1, 3, 32, 32))
+    draw(seen, [np.zeros((32, 32, 3), np.uint8)], ["a"], tmp_path / "out")
+    drawn = {file.name for file in (tmp_path / "out").iterdir()}
+    assert "layer2-0-states-sampled.png" in drawn
+    assert "layer1-0-states-sampled.png" not in drawn

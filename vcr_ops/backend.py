@@ -225,10 +225,20 @@ class use_backend(ContextDecorator):
 def tracing() -> str:
     """What is rewriting the ops that are called now: "", "torch.func", "forward-mode AD" or "ONNX export"."""
     if torch.compiler.is_compiling():
-        return "ONNX export" if torch.onnx.is_in_onnx_export() else ""
+        return "ONNX export" if _in_onnx_export() else ""
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
-    return "forward-mode AD" if forward_ad._current_level >= 0 else ""
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD"
+    # torch.onnx.export(dynamo=False) traces eager mode; its own question costs more than the tracer's.
+    return "ONNX export" if torch._C._get_tracing_state() is not None and _in_onnx_export() else ""
+
+
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo takes torch's own to be False
 
 
 _CPU = Case("cpu")

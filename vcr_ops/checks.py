@@ -4,15 +4,22 @@ Everything here runs before anything is computed. The C++ binding's own checks o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .backend import INTERPRETED
+from .maps import has_autocast
 from .variants import AFFINES, EDGES, MODULATIONS, NORMS, SAMPLERS
 
 FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Shape = Sequence[int | str]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What their forward has, and with it parametrized ones and FSDP's.
+CONVOLVE = tuple(convolution.forward for convolution in CONVOLUTIONS)
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _names(choices: Sequence[object]) -> str:
@@ -47,6 +54,21 @@ def check_count(argument: str, got: object, least: int = 1) -> None:
         raise TypeError(f"{argument} is {got!r}; it takes an int")
     if got < least:
         raise ValueError(f"{argument} is {got}; it takes at least {least}")
+
+
+def check_norm_layer(got: object, argument: str = "norm_layer") -> None:
+    """TypeError unless ``got`` is None or makes norms."""
+    if got is not None and (isinstance(got, nn.Module) or not callable(got)):
+        raise TypeError(
+            f"{argument} is a {type(got).__name__}; it takes a class or function that makes a norm from a number of "
+            "channels"
+        )
+
+
+def check_module(argument: str, got: object) -> None:
+    """TypeError unless ``got`` is None or a module."""
+    if got is not None and not isinstance(got, nn.Module):
+        raise TypeError(f"{argument} is {got!r}; it takes an nn.Module or None")
 
 
 def check_probability(argument: str, got: object) -> None:
@@ -90,6 +112,63 @@ def check_map(argument: str, z: object) -> None:
     if 0 in z.shape[1:]:
         what = "channels" if z.shape[1] == 0 else "positions"
         raise ValueError(f"{argument} has no {what}: its shape is {tuple(z.shape)}; only N may be 0")
+
+
+def check_input(argument: str, x: Any, conv: Any) -> int | None:
+    """TypeError or ValueError unless ``x`` is a map that a convolution, the first module that sees it, takes.
+
+    Returns:
+        N; None where nobody can tell: conv is a module of another kind, or a hook gets x first.
+    """
+    if type(x) is Tensor and type(conv) in CONVOLUTIONS:
+        weight, shape, dtype = conv._parameters.get("weight"), x.shape, x.dtype
+        if (
+            weight is not None
+            and dtype is weight.dtype
+            and x.device == weight.device
+            and x.layout is torch.strided
+            and len(shape) == weight.dim()
+            and shape[1] == conv.in_channels
+            and x.numel() > 0
+            and (dtype is not torch.float16 or not x.is_cpu)
+        ):
+            return shape[0]
+    if not isinstance(conv, _ConvNd) or conv.transposed or conv._forward_pre_hooks or "forward" in conv.__dict__:
+        return None
+    _check_input(argument, x, conv)
+    return x.shape[0]
+
+
+def _check_input(argument: str, x: Any, conv: _ConvNd) -> None:
+    if not _is_cast(x):
+        check_tensor(argument, x)
+    channels, ndim = conv.in_channels, len(conv.kernel_size)
+    sizes = {1: "L", 2: "H, W", 3: "T, H, W"}[ndim]
+    if x.dim() != ndim + 2:
+        raise ValueError(f"{argument} has {x.dim()} dims, {tuple(x.shape)}; it takes (N, {channels}, {sizes})")
+    if channels and x.shape[1] != channels:  # a lazy convolution has none yet
+        raise ValueError(
+            f"{argument} has {x.shape[1]} channels, its shape is {tuple(x.shape)}; it takes (N, {channels}, {sizes})"
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{argument} has no positions: its shape is {tuple(x.shape)}; only N may be 0")
+    weight = conv._parameters.get("weight")
+    # Other tensors, sharded or fake ones among them, have their own ideas of a type and a device.
+    if type(conv).forward not in CONVOLVE or type(weight) not in (Tensor, nn.Parameter):
+        return
+    assert weight is not None
+    if x.device != weight.device:
+        raise ValueError(f"{argument} is on {x.device}; it takes the weights' device, {weight.device}")
+    if x.dtype != weight.dtype and not (_is_cast(x) and weight.dtype != torch.float64):
+        wanted = _short(weight.dtype)
+        raise TypeError(f"{argument} is {_short(x.dtype)}; beside {wanted} weights it takes {wanted}")
+
+
+def _is_cast(x: Any) -> bool:
+    """True where autocast gives a convolution x in its own type."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dtype not in _CAST:
+        return False
+    return has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def check_concepts(argument: str, z: Tensor, weight: str, concepts: int, p: int) -> None:

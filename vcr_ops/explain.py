@@ -19,6 +19,7 @@ from .modules.block import VCRBlock
 from .modules.frozen_batch_norm import is_frozen
 from .modules.middle import VisualConceptReasoning, fused_path, path_without_sync, sync_groups
 from .ops.vcr_middle import composite
+from .ops.vcr_middle.arguments import learned_of
 from .ops.vcr_middle.synced import has_steps
 
 
@@ -275,7 +276,7 @@ def _forward_flops(shapes: list[Any], save: bool) -> int:
 def _backward_flops(shapes: list[Any]) -> int:
     y, norm, state_mean, variant = shapes[0], shapes[18], shapes[10], shapes[21:]
     saved = None
-    arguments: Any = (y, y, *shapes[3:10], *shapes[12:18], saved, norm, state_mean is None, *variant)
+    arguments: Any = (y, y, *learned_of(shapes), saved, norm, state_mean is None, *variant)
     return flops.vcr_middle_backward(*arguments)
 
 

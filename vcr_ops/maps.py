@@ -15,18 +15,19 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _has_autocast(device: str) -> bool:
+def has_autocast(device: str) -> bool:
+    """True for a type of devices that autocast knows."""
     return torch.amp.is_autocast_available(device)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: torch 2.10's can't look into it.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def without_autocast(z: Tensor) -> AbstractContextManager[None]:
     """A context in which autocast leaves the ops on z's device alone."""
     device = z.device.type
-    if _has_autocast(device):
+    if has_autocast(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -60,10 +60,11 @@ def _begin(settings: Settings, data: Data, folder: Path, processes: Processes) -
     network = build(settings, data.classes)
     if settings.system == "vcr-converted":
         parent = replace(settings, system="resnext")
-        state = checkpoint.load(_path(folder, parent), parent)
+        path = _path(folder, parent)
+        state = checkpoint.load(path, parent)
         if state is None or state["step"] < settings.steps:
             raise ValueError(f"vcr-converted goes on from a finished run {parent.name}, and there is none in {folder}")
-        network.load_state_dict(state["average"])
+        checkpoint.restore(path, ("average", network, state["average"]))
         network = vcr_ops.convert(network)
     return network.to(processes.device, getattr(torch, settings.dtype))
 
@@ -72,7 +73,7 @@ def run(settings: Settings, folder: Path, processes: Processes, every: int, say:
     """Train, or go on from the checkpoint in ``folder``, which is written every ``every`` steps and at the end.
 
     Raises:
-        ValueError: the batch can't be divided among the processes; the checkpoint is of another run.
+        ValueError: the batch can't be divided among the processes; the checkpoint is of another run, or of none.
     """
     if settings.batch % processes.size:
         raise ValueError(f"a batch of {settings.batch} can't be divided among {processes.size} processes")
@@ -87,10 +88,10 @@ def run(settings: Settings, folder: Path, processes: Processes, every: int, say:
     )
     step, losses, times, peak = 0, [], [], 0.0
     if state is not None:
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
+        parts: dict[str, Any] = {"network": network, "average": average}
         if state["optimizer"] is not None:
-            optimizer.load_state_dict(state["optimizer"])
+            parts["optimizer"] = optimizer
+        checkpoint.restore(path, *((name, part, state[name]) for name, part in parts.items()))
         step, losses, times = state["step"], state["losses"], state["times"]
         peak = state["peak"]
         say(f"{settings.name}: goes on at step {step}")

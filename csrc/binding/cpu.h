@@ -75,6 +75,10 @@ class Cpu {
     in_pool(kernels<T>().norm_relu, args);
   }
   template <class T>
+  void run(NormReluBackward<T>& args) {
+    in_pool(kernels<T>().norm_relu_backward, args);
+  }
+  template <class T>
   void run(MiddleStats<T>& args) {
     in_pool(kernels<T>().middle_stats, args);
   }

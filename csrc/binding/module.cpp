@@ -1,9 +1,10 @@
-// vcr_ops._C: what was built in. The ops are in a library of their own, which knows nothing of Python.
+// vcr_ops._C: what was built in, and which of it is in use. The ops are in a library of their own, which knows nothing of Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <iterator>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -65,10 +66,21 @@ py::dict build_info() {
   return out;
 }
 
+// The op library is asked: the level is chosen where the tables of kernels are, and a second copy could choose another.
+std::string active_isa() {
+  const py::module_ library = py::module_::import("vcr_ops.library");
+  const py::object problem = library.attr("why_not")();
+  if (!problem.is_none()) throw std::runtime_error(problem.cast<std::string>());
+  return library.attr("active_isa")().cast<std::string>();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What was built into vcr_ops.";
+  m.doc() = "What was built into vcr_ops, and which instruction set is in use.";
   m.def("build_info", &build_info, "Versions, compiler, instruction-set levels, CUDA architectures and variants of this build.");
+  m.def("active_isa", &active_isa,
+        "The instruction-set level in use, one of build_info()['isa_levels'], as the op library says it.\n\n"
+        "Raises RuntimeError where the op library isn't loaded; says why and what to do.");
   m.def("variants", &variants, "The names of each variant's choices that the op library knows.");
 }

@@ -19,6 +19,7 @@ struct Kernels {
   void (*reason_forward)(const ReasonForward<acc_t<T>>&);  // states are in accumulation type
   void (*reason_backward)(const ReasonBackward<acc_t<T>>&);
   void (*norm_relu)(const NormRelu<T>&);
+  void (*norm_relu_backward)(const NormReluBackward<T>&);
 };
 
 }  // namespace vcr

@@ -3,9 +3,10 @@
 #include "../concept_modulate/cpu_op.h"
 #include "../concept_reason/cpu_op.h"
 #include "../concept_sample/cpu_op_backward.h"
-#include "../norm_relu/cpu.h"
+#include "../norm_relu/cpu_backward.h"
 #include "../vcr_middle/cpu_backward.h"
 #include "../vcr_middle/cpu_forward.h"
+#include "../vcr_middle/cpu_stats.h"
 #include "table.h"
 
 namespace vcr {
@@ -48,6 +49,7 @@ const Kernels<T> VCR_JOIN(kernels, VCR_LEVEL, VCR_DTYPE) = {
     reason_forward<acc_t<T>>,
     reason_backward<acc_t<T>>,
     norm_relu<T>,
+    norm_relu_backward<T>,
 };
 
 }  // namespace vcr

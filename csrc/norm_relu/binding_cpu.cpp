@@ -1,8 +1,16 @@
-// torch.ops.vcr_ops.norm_relu: its schema, and from tensors to what the CPU's kernel takes.
+// torch.ops.vcr_ops.norm_relu, with given statistics, and batch_norm_relu, with the batch's, and its backward: schemas, and from tensors
+// to what the CPU's kernels take.
 #include "../binding/cpu.h"
 
 namespace vcr {
 namespace {
+
+template <class T>
+NormRelu<T> problem(const MapInput& y) {
+  NormRelu<T> f{};
+  f.N = y.shape().N, f.channels = y.shape().channels, f.S = y.shape().S;
+  return f;
+}
 
 template <class A>
 ChannelNorm<A> channel_norm(Params<A, Cpu>& get, int64_t channels, const OptionalTensor& mean, const OptionalTensor& var,
@@ -26,9 +34,8 @@ Tensor norm_relu(const Tensor& y, const OptionalTensor& mean, const OptionalTens
     if (shortcut.has_value()) other.emplace(*shortcut, from, "shortcut");
     Tensor out = new_map(from.tensor(), from.shape());
     Params<A, Cpu> get(device);
-    const int64_t channels = from.shape().channels;
-    NormRelu<T> f{};
-    f.N = from.shape().N, f.channels = channels, f.S = from.shape().S;
+    NormRelu<T> f = problem<T>(from);
+    const int64_t channels = f.channels;
     f.y = from.template map<T>();
     if (other.has_value()) f.shortcut = other->template map<T>();
     f.out = output_map<T>(out);
@@ -39,13 +46,77 @@ Tensor norm_relu(const Tensor& y, const OptionalTensor& mean, const OptionalTens
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           double eps, const OptionalTensor& shortcut) {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const MapInput from(y);
+    std::optional<MapInput> other;
+    if (shortcut.has_value()) other.emplace(*shortcut, from, "shortcut");
+    NormRelu<T> f = problem<T>(from);
+    const int64_t channels = f.channels;
+    require(f.N * f.S > 1, "the batch's statistics take more than one value a channel");
+    Tensor out = new_map(from.tensor(), from.shape()), mean = new_small<A>(device.place(), {channels}),
+           unbiased = new_small<A>(device.place(), {channels}), var = new_small<A>(device.place(), {channels});
+    Params<A, Cpu> get(device);
+    f.y = from.template map<T>();
+    if (other.has_value()) f.shortcut = other->template map<T>();
+    f.out = output_map<T>(out);
+    f.mean = data<A>(mean), f.var = data<A>(var), f.unbiased = data<A>(unbiased);
+    f.norm = {f.mean, f.var, get(weight, channels, "weight"), get(bias, channels, "bias"), eps};
+    device.run(f);
+    return {out, mean, unbiased, var};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor& grad_out, const Tensor& y, const OptionalTensor& out,
+                                                                    const OptionalTensor& weight, const OptionalTensor& bias,
+                                                                    const Tensor& mean, const Tensor& var, double eps) {
+  Cpu device(y);
+  return Cpu::dispatch(y.scalar_type(), [&](auto type) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const MapInput from(y), grad(grad_out, from, "grad_out");
+    std::optional<MapInput> gate;
+    if (out.has_value()) gate.emplace(*out, from, "out");
+    NormReluBackward<T> f{};
+    f.N = from.shape().N, f.channels = from.shape().channels, f.S = from.shape().S;
+    const int64_t channels = f.channels;
+    Tensor dy = new_map(from.tensor(), from.shape());
+    Tensor dshortcut = gate.has_value() ? new_map(from.tensor(), from.shape()) : new_small<A>(device.place(), {0});
+    Tensor dweight = new_small<A>(device.place(), {channels}), dbias = new_small<A>(device.place(), {channels});
+    Params<A, Cpu> get(device);
+    f.grad_out = grad.template map<T>(), f.y = from.template map<T>();
+    f.dy = output_map<T>(dy);
+    if (gate.has_value()) f.out = gate->template map<T>(), f.dshortcut = output_map<T>(dshortcut);
+    f.norm = {get(mean, channels, "mean"), get(var, channels, "var"), get(weight, channels, "weight"), get(bias, channels, "bias"), eps};
+    f.dweight = data<A>(dweight), f.dbias = data<A>(dbias);
+    device.run(f);
+    const Tensor none = new_small<A>(device.place(), {0});
+    return {dy, dshortcut, weight.has_value() ? in_type_of(device, dweight, weight) : none,
+            bias.has_value() ? in_type_of(device, dbias, bias) : none};
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
   m.def(
       "norm_relu(Tensor y, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, Tensor? shortcut, Tensor? shortcut_mean, "
       "Tensor? shortcut_var, Tensor? shortcut_weight, Tensor? shortcut_bias, float shortcut_eps) -> Tensor");
+  m.def(
+      "batch_norm_relu(Tensor y, Tensor? weight, Tensor? bias, float eps, Tensor? shortcut) -> "
+      "(Tensor out, Tensor mean, Tensor unbiased_var, Tensor var)");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad_out, Tensor y, Tensor? out, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) "
+      "-> (Tensor dy, Tensor dshortcut, Tensor dweight, Tensor dbias)");
 }
-STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) { m.impl("norm_relu", TORCH_BOX(&norm_relu)); }
+STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
+  m.impl("norm_relu", TORCH_BOX(&norm_relu));
+  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+}
 
 }  // namespace vcr

@@ -1,6 +1,7 @@
-// Batch norm with known statistics, the shortcut and ReLU in one pass over the map: 1R + 1W, with a shortcut 2R + 1W.
+// Batch norm, the shortcut and ReLU in one pass over the map: 1R + 1W, with a shortcut 2R + 1W; the batch's statistics take one read more,
+// which finds a contiguous map's channels in cache.
 #pragma once
-#include "../cpu/tile.h"
+#include "../channel_stats/cpu_batch.h"
 #include "args.h"
 
 namespace vcr {
@@ -12,8 +13,8 @@ struct ChannelAffine {
   A *centre, *slope, *offset;
 
   ChannelAffine(A* memory, int64_t channels) : centre(memory), slope(memory + channels), offset(memory + 2 * channels) {}
-  void set(const ChannelNorm<A>& norm, int64_t channels) {
-    for (int64_t j = 0; j < channels; ++j) {
+  void set(const ChannelNorm<A>& norm, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; ++j) {
       const bool none = norm.mean == nullptr;
       centre[j] = none ? A(0) : norm.mean[j];
       slope[j] = none ? A(1) : A(1.0 / __builtin_sqrt(double(norm.var[j]) + norm.eps)) * (norm.weight ? norm.weight[j] : A(1));
@@ -27,6 +28,16 @@ struct ChannelAffine {
     return fma(load_some<whole>(slope + i, some), x - load_some<whole>(centre + i, some), load_some<whole>(offset + i, some));
   }
 };
+
+// Contiguous channels that are taken together through all passes of a batch, so that the later ones find the parts of `maps` maps in cache;
+// where rows are short, whole vectors of channels, whose lanes are added up together.
+template <class T>
+VCR_INLINE int64_t channels_together(int64_t N, int64_t S, int maps) {
+  constexpr int64_t W = lanes<acc_t<T>>, cached = int64_t(256) << 10;  // bytes
+  const int64_t fit = min(2 * W, cached / max(1, N * S * maps * int64_t(sizeof(T))));
+  return S <= short_row<acc_t<T>> ? max(W, fit / W * W) : max(1, fit);
+}
+VCR_INLINE Problem as_problem(int64_t N, int64_t channels, int64_t S) { return {N, channels, 1, 1, S}; }
 
 template <class T>
 class NormReluCpu {
@@ -57,33 +68,76 @@ class NormReluCpu {
       return relu<A>(x);
     });
   }
-  // Rows [begin, end) of all images: channels of a contiguous map, positions of a channels_last one.
+  // Of image n channels [begin, end), or (channels_last) positions.
   template <Shortcut kind>
-  VCR_KERNEL void rows(int64_t begin, int64_t end) const {
+  VCR_KERNEL void rows(int64_t n, int64_t begin, int64_t end) const {
     if (f.y.layout() == Layout::contiguous)
-      for (int64_t r = begin; r < end; ++r) contiguous_row<kind>(r / f.channels, r % f.channels);
+      for (int64_t j = begin; j < end; ++j) contiguous_row<kind>(n, j);
     else
-      for (int64_t r = begin; r < end; ++r) channels_last_row<kind>(r / f.S, r % f.S);
-    if (stream_) finish_stream();
+      for (int64_t i = begin; i < end; ++i) channels_last_row<kind>(n, i);
+  }
+  void apply(int64_t n, int64_t begin, int64_t end) const {
+    if (f.shortcut.data == nullptr) return rows<Shortcut::none>(n, begin, end);
+    if (f.shortcut_norm.mean == nullptr) return rows<Shortcut::plain>(n, begin, end);
+    rows<Shortcut::normed>(n, begin, end);
+  }
+  void apply_all() const {
+    const bool contiguous = f.y.layout() == Layout::contiguous;
+    const int64_t rows = contiguous ? f.channels : f.S, size = max(1, 32768 / max(1, contiguous ? f.S : f.channels));
+    const int64_t chunks = (rows + size - 1) / size;
+    for_each(f.pool, f.N * chunks, [&](int64_t i) {
+      apply(i / chunks, i % chunks * size, min(rows, (i % chunks + 1) * size));
+      if (stream_) finish_stream();
+    });
+  }
+
+  // The batch's statistics of channel j, of which an image's numbers are `stride` from the next's.
+  void set_statistics(int64_t j, int64_t stride, const Total* totals, const double* squares) const {
+    const Moments moments = merge_images<A>(f.N, f.S, stride, totals, squares);
+    const double count = double(f.N) * double(f.S);
+    f.mean[j] = A(moments.mean);
+    f.var[j] = A(moments.squares / count);
+    f.unbiased[j] = A(moments.squares / (count - 1));
+    norm_.set(f.norm, j, j + 1);
+  }
+  void contiguous_channels() const {
+    const int64_t size = channels_together<T>(f.N, f.S, f.shortcut.data == nullptr ? 2 : 3), groups = (f.channels + size - 1) / size;
+    for_ranges(f.pool, groups, [&](int64_t first, int64_t last) {
+      Scratch<Total> totals(f.N * size);
+      Scratch<double> squares(f.N * size);
+      for (int64_t g = first; g < last; ++g) {
+        const int64_t begin = g * size, end = min(f.channels, begin + size);
+        for (int64_t n = 0; n < f.N; ++n)
+          rows_stats(f.y.at(n, begin, 0), f.y.channel, end - begin, f.S, totals.get() + n * size, squares.get() + n * size);
+        for (int64_t j = begin; j < end; ++j) set_statistics(j, size, totals.get() + j - begin, squares.get() + j - begin);
+        for (int64_t n = 0; n < f.N; ++n) apply(n, begin, end);
+      }
+      if (stream_) finish_stream();
+    });
+  }
+  void channels_last_batch() const {
+    Scratch<Total> totals(f.N * f.channels);
+    Scratch<double> squares(f.N * f.channels);
+    channel_totals(as_problem(f.N, f.channels, f.S), f.y, f.pool, totals.get(), squares.get());
+    for_each(f.pool, f.channels, [&](int64_t j) { set_statistics(j, f.channels, totals.get() + j, squares.get() + j); });
+    apply_all();
   }
 
  public:
   explicit NormReluCpu(const NormRelu<T>& args)
       : f(args), memory_(6 * args.channels), norm_(memory_.get(), args.channels),
-        shortcut_norm_(memory_.get() + 3 * args.channels, args.channels), stream_(streams<T>(args.N * args.channels * args.S)) {
-    norm_.set(f.norm, f.channels);
-    shortcut_norm_.set(f.shortcut_norm, f.channels);
-  }
+        shortcut_norm_(memory_.get() + 3 * args.channels, args.channels), stream_(streams<T>(args.N * args.channels * args.S)) {}
 
   void run() const {
-    const bool contiguous = f.y.layout() == Layout::contiguous;
-    const int64_t all = f.N * (contiguous ? f.channels : f.S), size = max(1, 32768 / max(1, contiguous ? f.S : f.channels));
-    for_each(f.pool, (all + size - 1) / size, [&](int64_t i) {
-      const int64_t begin = i * size, end = min(all, begin + size);
-      if (f.shortcut.data == nullptr) return rows<Shortcut::none>(begin, end);
-      if (f.shortcut_norm.mean == nullptr) return rows<Shortcut::plain>(begin, end);
-      rows<Shortcut::normed>(begin, end);
-    });
+    shortcut_norm_.set(f.shortcut_norm, 0, f.channels);
+    if (f.mean == nullptr) {
+      norm_.set(f.norm, 0, f.channels);
+      apply_all();
+    } else if (f.y.layout() == Layout::contiguous) {
+      contiguous_channels();
+    } else {
+      channels_last_batch();
+    }
   }
 };
 

@@ -1,9 +1,9 @@
 // The fused middle forward: order of passes and who owns what. Training 3R + 1W; evaluation 2R + 1W at most, of which the second
 // read finds the map in cache where an image fits it.
 #pragma once
+#include "../channel_stats/cpu_batch.h"
 #include "../concept_reason/cpu.h"
 #include "../concept_sample/cpu_forward.h"
-#include "cpu_stats.h"
 #include "cpu_view.h"
 
 namespace vcr {

@@ -1,7 +1,6 @@
 """Published ResNeXt checkpoints, torchvision's and timm's, into networks with visual concept reasoning."""
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,12 +43,13 @@ def load_resnext(model: Model, source: str | os.PathLike[str] | Mapping[str, Any
     Returns:
         The model. For video: :func:`load_inflated`.
     Raises:
-        TypeError: source holds no state dict, or model is no module.
+        TypeError: source is neither, or holds no state dict; or model is no module.
         FileNotFoundError: there is no such file.
         ImportError: the package safetensors is missing.
-        ValueError: the file can't be read as weights alone; model has no VCR block, or is on the meta device; a key is
-            missing, unknown or of another shape: all such are listed; or the file is a ResNeXt's and modulators are
-            not neutral, so that the network would not compute what the file's does. The model is then as it was.
+        ValueError: the file can't be read, or not as weights alone; model has no VCR block, or is on the meta device; a
+            key is missing, unknown, of another shape, or no dense tensor with memory and numbers of its kind (floating
+            point; whole numbers for counters): all such are listed; or the file is a ResNeXt's and modulators are not
+            neutral, so that the network would not compute what the file's does. The model is then as it was.
     """
     return _load(model, source, head, None)
 
@@ -87,10 +87,18 @@ def load_inflated(
     return _load(model, source, head, inflation)
 
 
-def _inflated(x: Tensor, shape: torch.Size, inflation: str) -> Tensor:
-    """An image convolution's weight for a video's of a shape; anything else as it is."""
-    if x.dim() != 4 or len(shape) != 5 or (*shape[:2], *shape[3:]) != x.shape:
+def _can_inflate(x: Any, wanted: Any) -> bool:
+    """True for an image convolution's weight, where a video's is wanted."""
+    if not (isinstance(x, Tensor) and isinstance(wanted, Tensor) and x.dim() == 4 and wanted.dim() == 5):
+        return False
+    return (*wanted.shape[:2], *wanted.shape[3:]) == x.shape
+
+
+def _inflated(x: Any, wanted: Any, inflation: str) -> Any:
+    """An image convolution's weight for a video's; anything else as it is."""
+    if not _can_inflate(x, wanted):
         return x
+    shape = wanted.shape
     frames = shape[2]
     if inflation == "mean":
         return (x / frames).unsqueeze(2).expand(shape)
@@ -105,6 +113,8 @@ def _load(model: Model, source: Any, head: bool, inflation: str | None) -> Model
     blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, VCRBlock)]
     if not blocks:
         raise ValueError(f"the model, a {type(model).__name__}, has no VCRBlock; its load_state_dict will do")
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise TypeError(f"source is a {type(source).__name__}; it takes a path or a state dict")
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     state = _without_prefixes(_unwrapped(source if isinstance(source, Mapping) else _read(Path(source)), name))
     target = model.state_dict()
@@ -118,11 +128,11 @@ def _load(model: Model, source: Any, head: bool, inflation: str | None) -> Model
     # A frozen norm has running statistics, and counts nothing.
     frozen = {key.removesuffix("running_mean") + _COUNTER for key in target if key.endswith(".running_mean")}
     state = {key: x for key, x in state.items() if key in target or key not in frozen}
-    if inflation is not None:
-        state = {key: _inflated(x, target[key].shape, inflation) if key in target else x for key, x in state.items()}
     reasons = ours & state.keys()
     expected = {key for key in target if reasons or key not in ours}
-    _check_keys(name, state, target, expected)
+    _check_entries(name, state, target, expected, inflation is not None)
+    if inflation is not None:
+        state = {key: _inflated(x, target[key], inflation) for key, x in state.items()}
     if not reasons:
         lively = [f"{path}.modulator" if path else "modulator" for path, b in blocks if not is_neutral(b.modulator)]
         if lively:
@@ -130,44 +140,46 @@ def _load(model: Model, source: Any, head: bool, inflation: str | None) -> Model
                 f"{name} is a ResNeXt's, and the model would not compute what it does, since {lively[0]} and "
                 f"{len(lively) - 1} more are not neutral; make the model with zero_init=True"
             )
-    model.load_state_dict({key: x for key, x in state.items() if key in target}, strict=False)
+    model.load_state_dict(state, strict=False)
     return model
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"{path} takes the package safetensors; pip install safetensors") from error
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} can't be read as safetensors: {error}") from error
     try:
+        if path.suffix == ".safetensors":
+            try:
+                import safetensors.torch
+            except ImportError as error:
+                raise ImportError(f"{path} takes the package safetensors; pip install safetensors") from error
+            what = "safetensors"
+            path.open("rb").close()  # whose own errors of files don't all say which
+            return safetensors.torch.load_file(path)
+        what = "weights alone"
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (ImportError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can raise anything
         # PyTorch's own text goes on to say how to load it all the same, which is no good advice.
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as weights alone: {text}") from error
+        raise ValueError(f"{path} can't be read as {what}: {text}") from error
 
 
-def _unwrapped(found: Any, name: str) -> dict[str, Tensor]:
+def _unwrapped(found: Any, name: str) -> dict[str, Any]:
     for wrapper in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
             break
     if not isinstance(found, Mapping):
         raise TypeError(f"{name} holds a {type(found).__name__}; it takes a state dict")
-    wrong = [str(key) for key, x in found.items() if not (isinstance(key, str) and isinstance(x, Tensor))]
-    if wrong or not found:
-        text = f"{', '.join(wrong)}: no tensor" if wrong else "it is empty"
+    if not any(isinstance(key, str) and isinstance(x, Tensor) for key, x in found.items()):
+        text = f"{', '.join(map(str, found))}: no tensor" if found else "it is empty"
         raise TypeError(f"{name} holds no state dict ({text})")
-    return dict(found)
+    return {str(key): x for key, x in found.items()}
 
 
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
     again = True
     while again:
         again = False
@@ -178,21 +190,48 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _check_keys(name: str, state: dict[str, Tensor], target: dict[str, Tensor], expected: set[str]) -> None:
+def _check_entries(
+    name: str, state: dict[str, Any], target: dict[str, Tensor], expected: set[str], inflate: bool
+) -> None:
     lines = [f"missing: {key}" for key in target if key in expected - state.keys() and not key.endswith(_COUNTER)]
     lines += [f"unknown: {key}" for key in state if key not in target]
     classes = False
     for key, x in state.items():
-        if key in target and x.shape != target[key].shape:
-            lines.append(f"shape of {key}: {tuple(x.shape)}, the model has {tuple(target[key].shape)}")
+        wanted = target.get(key)
+        if not isinstance(wanted, Tensor):  # unknown, or a module's extra state
+            continue
+        kind = _another_kind(x, wanted)
+        if kind:
+            lines.append(f"kind of {key}: {kind}")
+        if isinstance(x, Tensor) and x.shape != wanted.shape and not (inflate and _can_inflate(x, wanted)):
+            lines.append(f"shape of {key}: {tuple(x.shape)}, the model has {tuple(wanted.shape)}")
             classes = classes or key.startswith("fc.")
     if lines:
         hint = "; head=False leaves fc out" if classes else ""
         raise ValueError("".join([f"{name} doesn't fit the model{hint}:", *(f"\n  {line}" for line in lines)]))
 
 
-def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _another_kind(x: Any, wanted: Tensor) -> str:
+    """What keeps an entry from being copied, or from being the same numbers afterwards; "" where nothing does."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}, no tensor"
+    if x.layout != torch.strided:
+        return f"a tensor of layout {x.layout}, no dense one"
+    if x.is_meta:
+        return "a tensor on the meta device, which has no numbers"
+    dtype = str(x.dtype).removeprefix("torch.")
+    if wanted.is_floating_point():
+        return "" if x.is_floating_point() else f"{dtype}, the model has floating point"
+    whole = x.dtype != torch.bool and not x.is_complex() and not x.is_quantized
+    if x.is_floating_point():  # scripts that make whole files half precision do that to counters as well
+        whole = bool((x.double() % 1 == 0).all())
+    return "" if whole else f"{dtype}, the model has whole numbers"
+
+
+def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The state dict in a file, as :func:`load_resnext` takes it: unwrapped, and without the prefixes of wrappers.
+
+    Some entries may be no tensors.
 
     Raises:
         FileNotFoundError, ImportError, TypeError, ValueError: as :func:`load_resnext`.

@@ -13,6 +13,7 @@ from ..backend import check_backend
 from ..modules.batch_norm import are_plain
 from ..modules.block import VCRBlock
 from ..modules.frozen_batch_norm import is_frozen
+from ..modules.inputs import check_block
 from ..modules.middle import run_middle
 from ..modules.modulator import ConceptModulator
 from ..modules.norm_relu import run_drops, run_norm_relu, run_shortcut
@@ -53,6 +54,7 @@ class ConvertedBlock(VCRBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, *spatial) to (N, outplanes, *spatial), as the block's before, with reasoning."""
+        check_block(self, x, self.part)
         m = self._modules
         y = _before_middle(self, self.vcr_parts, x, self.backend)
         y = run_middle(y, self.part("bn2"), m["sampler"], m["reasoner"], m["modulator"], self.modulation, self.backend)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import checks
 from ..modules.batch_norm import CONVOLUTIONS
 from ..modules.block import VCRBlock
+from ..modules.inputs import check_network
 from ..modules.middle import default_norm
 from ..modules.norm_relu import run_norm_relu
 from ..modules.running_stats import no_running_stats_update
@@ -74,6 +75,8 @@ class VCRNet(nn.Module):
         _check_layers(layers)
         checks.check_count("num_classes", num_classes, 0)
         checks.check_count("in_chans", in_chans)
+        checks.check_count("width_per_group", width_per_group)
+        checks.check_norm_layer(norm_layer)
         checks.check_probability("drop_rate", drop_rate)
         checks.check_probability("drop_path_rate", drop_path_rate)
         dilate = _dilate(replace_stride_with_dilation, output_stride)
@@ -139,7 +142,8 @@ class VCRNet(nn.Module):
             x = checkpoint(block, x, use_reentrant=False, context_fn=_recompute)
         return x
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def _stem(self, x: Tensor, stages: Sequence[str] = _STAGES) -> Tensor:
+        check_network(self, x, stages)
         return run_norm_relu(self.conv1(x), self.bn1, self.relu, self.backend)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -183,10 +187,11 @@ class VCRNet(nn.Module):
         """
         checks.check_name("output_fmt", output_fmt, ("NCHW",))
         taken = take_indices("indices", indices, len(self.feature_info))
-        x = self._stem(x)
+        stages = _STAGES[: max(taken)] if stop_early else _STAGES
+        x = self._stem(x, stages)
         maps = [x] if 0 in taken else []
         x = self.maxpool(x)
-        for index, name in enumerate(_STAGES[: max(taken)] if stop_early else _STAGES, 1):
+        for index, name in enumerate(stages, 1):
             x = self._stage(name, x)
             if index in taken:
                 maps.append(x)
@@ -221,8 +226,8 @@ class VCRNet(nn.Module):
         self.avgpool.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep no activations within blocks and compute them again in backward. Statistics of bn2 and of
-        the reasoner move once; bn1, bn3 and downsample.1, being PyTorch's own, move twice.
+        """In training, keep no activations within blocks and compute them again in backward. Statistics of norms in
+        fused ops (bn2, the reasoner's; on CPUs bn1 and bn3) move once; the others, being PyTorch's own, move twice.
         """
         self.grad_checkpointing = enable
 
@@ -266,13 +271,17 @@ def _check_layers(layers: object) -> None:
         checks.check_count(f"layers[{index}]", count)
 
 
-def _dilate(dilate: Sequence[bool] | None, output_stride: object) -> Sequence[bool]:
+def _dilate(dilate: Any, output_stride: Any) -> Sequence[bool]:
+    checks.check_count("output_stride", output_stride)
     if output_stride not in _DILATED:
         raise ValueError(f"output_stride is {output_stride!r}; it takes 32, 16 or 8")
     if dilate is None:
         return _DILATED[output_stride]
+    text = f"replace_stride_with_dilation is {dilate!r}; it takes None or three booleans"
+    if not isinstance(dilate, Sequence) or not all(isinstance(x, bool) for x in dilate):
+        raise TypeError(text)
     if len(dilate) != 3:
-        raise ValueError(f"replace_stride_with_dilation is {dilate!r}; it takes None or three booleans")
+        raise ValueError(text)
     if output_stride != 32:
         raise ValueError("output_stride and replace_stride_with_dilation say the same; give one of them")
     return dilate

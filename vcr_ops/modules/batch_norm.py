@@ -22,7 +22,7 @@ BATCH_NORM_CLASSES: dict[type, tuple[int, ...]] = {
     SyncBatchNorm: (),
     FrozenBatchNorm: (),
 }
-_SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
+SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def has_global_hook() -> bool:
@@ -81,6 +81,6 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
 
 def sync_group(bn: Any) -> Group | None:
     """The processes over which a SyncBatchNorm takes its statistics now: in training alone, as its own forward does."""
-    if type(bn) not in _SYNCHRONISED or not bn.training:
+    if type(bn) not in SYNCHRONISED or not bn.training:
         return None
     return group_of(bn.process_group)

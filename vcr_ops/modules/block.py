@@ -9,6 +9,7 @@ from .. import checks
 from ..backend import check_backend
 from .batch_norm import CONVOLUTIONS
 from .drop_path import DropPath
+from .inputs import check_block
 from .middle import default_norm, run_middle
 from .modulator import ConceptModulator
 from .norm_relu import run_drops, run_norm_relu, run_shortcut
@@ -65,8 +66,11 @@ class VCRBlock(nn.Module):
         checks.check_variants(sampler, edges, modulation, affine)
         checks.check_probability("dropout", dropout)
         checks.check_probability("drop_path", drop_path)
-        for name, got in (("inplanes", inplanes), ("planes", planes), ("groups", groups)):
+        counts = dict(inplanes=inplanes, planes=planes, groups=groups, base_width=base_width)
+        for name, got in (counts | dict(stride=stride, dilation=dilation)).items():
             checks.check_count(name, got)
+        checks.check_module("downsample", downsample)
+        checks.check_norm_layer(norm_layer)
         check_backend(backend or "auto")
         norm = norm_layer or default_norm(ndim)
         default_norm(ndim)
@@ -96,6 +100,7 @@ class VCRBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, inplanes, *spatial); returns (N, 4 * planes, *spatial), each spatial dim divided by the stride."""
         m: Any = self._modules  # past nn.Module.__getattr__, which is slow
+        check_block(self, x, m.get)
         relu, backend = m["relu"], self.backend
         shortcut, shortcut_bn = run_shortcut(self.downsample, x)
         y = run_norm_relu(m["conv1"](x), m["bn1"], relu, backend)

@@ -21,7 +21,7 @@ from .batch_norm import (
 )
 from .modulator import ConceptModulator
 from .reasoner import ConceptReasoner
-from .running_stats import by_triton, update_running_stats
+from .running_stats import is_launched, update_running_stats
 from .sampler import ConceptSampler
 
 
@@ -140,7 +140,7 @@ def run_middle(
     if synced:
         found = vcr_middle_synced(backend, arguments, norm_group, state_group)
     else:
-        found = vcr_middle(backend, arguments, checked=checked)
+        name, found = vcr_middle(backend, arguments, checked=checked)
     out, batch_mean, batch_var, batch_state_mean, batch_state_var = found
     updates = []
     if norm == "batch":
@@ -149,7 +149,7 @@ def run_middle(
         updates.append((state_bn, batch_state_mean, batch_state_var))
     if not synced:
         if updates:
-            update_running_stats(updates, y.shape[0] == 0, by_triton(backend, y))
+            update_running_stats(updates, y.shape[0] == 0, name == "triton" and is_launched(y))
         return out
     for update in updates:  # what others have counts where this process has no images
         update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)
@@ -169,7 +169,7 @@ def default_norm(ndim: int) -> type[nn.Module]:
     Raises:
         ValueError: ndim isn't 1, 2 or 3.
     """
-    if ndim not in BATCH_NORMS:
+    if isinstance(ndim, bool) or not isinstance(ndim, int) or ndim not in BATCH_NORMS:
         raise ValueError(f"ndim is {ndim!r}; it takes 1, 2 or 3")
     return BATCH_NORMS[ndim]
 
@@ -207,6 +207,7 @@ class VisualConceptReasoning(nn.Module):
         super().__init__()
         checks.check_variants(sampler, edges, modulation, affine)
         checks.check_channels(channels, concepts)
+        checks.check_norm_layer(norm_layer)
         check_backend(backend or "auto")
         self.modulation, self.backend = modulation, backend
         self.bn = (norm_layer or default_norm(ndim))(channels)

@@ -1,4 +1,4 @@
-"""Batch norm, shortcut and ReLU around a block's middle: in evaluation on CPUs one op, where nobody could tell."""
+"""Batch norm, shortcut and ReLU around a block's middle: on CPUs one op, where nobody could tell."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from ..backend import case_of, resolve
 from ..ops.dispatch import needs_grad
-from ..ops.norm_relu.op import NO_NORM, NormConstants, norm_relu
-from .batch_norm import BATCH_NORM_CLASSES, are_plain, has_global_hook, is_plain_batch_norm, uses_batch_statistics
+from ..ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu
+from .batch_norm import (
+    BATCH_NORM_CLASSES,
+    SYNCHRONISED,
+    are_plain,
+    has_global_hook,
+    is_plain_batch_norm,
+    uses_batch_statistics,
+)
 from .drop_path import DropPath
+from .running_stats import update_running_stats
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -27,20 +35,14 @@ def run_norm_relu(
 ) -> Tensor:
     """relu(bn(y) + shortcut_bn(shortcut)); y (N, channels, *spatial), and what is None is left out.
 
-    relu: a module or torch.relu. in_place: bn(y) may be overwritten. One op where the norms' statistics are known, no
-    gradient is wanted and calling the modules would do the same to rounding; elsewhere (and under a compiler, which
-    fuses them itself) the modules are called.
+    relu: a module or torch.relu. in_place: bn(y) may be overwritten. One op where calling the modules would do the same
+    to rounding: with the batch's statistics (then shortcut_bn is called), and with given ones where no gradient is
+    wanted. Elsewhere, and under a compiler, which fuses them itself, the modules are called.
     """
     if _may_fuse(y, relu, shortcut):
-        norm = NO_NORM if bn is None else _constants(bn, y)
-        shortcut_norm = NO_NORM if shortcut_bn is None else _constants(shortcut_bn, y)
-        if (
-            norm is not None
-            and shortcut_norm is not None
-            and not needs_grad(y, shortcut, norm.weight, norm.bias, shortcut_norm.weight, shortcut_norm.bias)
-            and resolve(backend, case_of(y)).name == "cpp"
-        ):
-            return norm_relu(y, norm, shortcut, shortcut_norm)
+        out = _fused(y, bn, backend, shortcut, shortcut_bn)
+        if out is not None:
+            return out
     out = y if bn is None else bn(y)
     if shortcut is not None:
         other = shortcut if shortcut_bn is None else shortcut_bn(shortcut)
@@ -90,16 +92,36 @@ def _may_fuse(y: Tensor, relu: Any, shortcut: Tensor | None) -> bool:
     return type(shortcut) is Tensor and shortcut.is_cpu and shortcut.dtype == y.dtype and shortcut.shape == y.shape
 
 
+def _fused(y: Tensor, bn: Any, backend: str | None, shortcut: Tensor | None, shortcut_bn: Any) -> Tensor | None:
+    """The one op's result; None where the modules must be called."""
+    norm, other = _constants(bn, y), _constants(shortcut_bn, y)
+    if norm is None or other is None:
+        return None
+    if norm.mean is None and norm is not NO_NORM:  # the batch's statistics
+        if shortcut_bn is not None or y.numel() <= y.shape[1] or resolve(backend, case_of(y)).name != "cpp":
+            return None
+        out, mean, var = batch_norm_relu(y, norm.weight, norm.bias, norm.eps, shortcut)
+        update_running_stats([(bn, mean, var)], False)
+        return out
+    if needs_grad(y, shortcut, norm.weight, norm.bias, other.weight, other.bias):
+        return None
+    return norm_relu(y, norm, shortcut, other) if resolve(backend, case_of(y)).name == "cpp" else None
+
+
 def _constants(bn: Any, y: Tensor) -> NormConstants | None:
-    """What a norm normalises with, or None where it has to be called."""
-    if type(bn) is nn.Identity:
-        return NO_NORM if are_plain(bn) else None
-    if not is_plain_batch_norm(bn) or uses_batch_statistics(bn):
+    """What a norm normalises with; without mean and var where these are the batch's; None where it has to be called."""
+    if bn is None or type(bn) is nn.Identity:
+        return NO_NORM if bn is None or are_plain(bn) else None
+    if not is_plain_batch_norm(bn):
         return None
+    batch = uses_batch_statistics(bn)
+    mean, var = (None, None) if batch else (bn.running_mean, bn.running_var)
     dims = BATCH_NORM_CLASSES.get(type(bn), ())
-    found = NormConstants(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-    if (dims and y.dim() not in dims) or found.mean is None or found.var is None:
+    if dims and y.dim() not in dims:
         return None
+    if (type(bn) in SYNCHRONISED or bn.num_features != y.shape[1]) if batch else (mean is None or var is None):
+        return None
+    found = NormConstants(mean, var, bn.weight, bn.bias, bn.eps)
     for tensor in found[:4]:
         if tensor is not None and not (
             tensor.is_cpu and tensor.dtype in (y.dtype, torch.float32) and tensor.shape == (y.shape[1],)

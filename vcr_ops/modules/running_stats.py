@@ -24,7 +24,7 @@ class no_running_stats_update(ContextDecorator):
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), no_running_stats_update()))
 
-    Norm modules that run by themselves (bn1, bn3, downsample.1, GroupNorm, ...) are PyTorch's own, and not affected.
+    Norm modules that are called (downsample.1, GroupNorm, bn1 and bn3 on GPUs, ...) are PyTorch's own and not affected.
     """
 
     def __enter__(self) -> None:
@@ -34,11 +34,14 @@ class no_running_stats_update(ContextDecorator):
         _updates.off -= 1
 
 
+def is_launched(x: Tensor) -> bool:
+    """True where Triton, if an op on ``x`` runs on it, does so now: it then moves the statistics in one launch."""
+    return (x.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
+
+
 def by_triton(backend: str | None, x: Tensor) -> bool:
-    """True where an eager op on ``x`` runs on Triton, which then moves the statistics in one launch."""
-    if not (x.is_cuda or INTERPRETED) or torch.compiler.is_compiling():
-        return False
-    return choose(backend, case_of(x))[0].name == "triton"
+    """True where an op on ``x`` runs on Triton, now."""
+    return is_launched(x) and choose(backend, case_of(x))[0].name == "triton"
 
 
 def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool, triton: bool = False) -> None:
@@ -47,7 +50,7 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool,
     Args:
         updates: (module, batch's mean, batch's unbiased variance); modules that keep no statistics now are passed over.
         empty: the batch has no images, so it counts but moves nothing.
-        triton: see :func:`by_triton`.
+        triton: the batch's statistics come from Triton's kernels; see :func:`is_launched`.
     """
     if _updates.off:
         return

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..explain import op_arguments
 from ..modules.middle import VisualConceptReasoning
+from ..ops.vcr_middle.arguments import learned_of
 from . import configs
 from .launch import Launch, hooks
 from .running_stats import move, move_of
@@ -115,7 +116,7 @@ def run_backward(middle: Any, y: Tensor, grad_out: Tensor, saved: Tensor) -> tup
     """What the op ``vcr_middle_backward`` returns on Triton, in training."""
     triton = importlib.import_module("vcr_ops.ops.vcr_middle.triton")
     arguments = op_arguments(y, middle.bn, middle, "whole", True)
-    tensors = (y, *arguments[3:10], *arguments[12:18], saved)
+    tensors = (y, *learned_of(arguments), saved)
     return triton.backward(grad_out, *tensors, arguments[18], arguments[10] is None, *arguments[21:])
 
 
@@ -166,7 +167,7 @@ def step_launches(problem: Problem, arch: str) -> tuple[list[Launch], dict[str, 
             return found[name][0]
 
         arguments = op_arguments(y, middle.bn, middle, "whole", True)
-        learned, variant = (*arguments[3:10], *arguments[12:18]), ("given", *arguments[21:])
+        learned, variant = learned_of(arguments), ("given", *arguments[21:])
         statistics = step("stats", y, problem.concepts).float()
         saved, state_norm = step(
             "states", y, *statistics, *learned[:7], *learned[11:], variant[0], arguments[19], *variant[1:]

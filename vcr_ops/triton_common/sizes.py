@@ -48,6 +48,12 @@ class Sizes(NamedTuple):
             "ACC": acc_type(self.view.tensor.dtype),
         }
 
+    @property
+    def small_constants(self) -> dict[str, object]:
+        """Of a kernel that sees no map."""
+        constants = {name: x for name, x in self.map_constants.items() if name != "LAST"}
+        return constants | {"PT": self.pt, "PT2": power_of_two(self.pt)}
+
 
 MOST_POSITIONS = 2**31 - 2**16  # and a tile more
 

@@ -1,6 +1,7 @@
 """The command line: ``python -m vcr_ops.viz --help``."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,17 +51,47 @@ def _read(path: Path, size: int) -> Any:
             return np.array(ImageOps.fit(ImageOps.exif_transpose(file).convert("RGB"), (size, size)))
     except FileNotFoundError:
         raise ValueError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image {path} has more pixels than Pillow opens: {error}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # Pillow's for damaged files
         raise ValueError(f"the image {path} can't be read: {error}") from error
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.size < 32:
+        raise ValueError(f"--size is {options.size}; it takes 32 or more")
+    if not all(map(math.isfinite, options.mean)):
+        raise ValueError(f"--mean is {options.mean}; it takes finite numbers")
+    if not all(math.isfinite(x) and x > 0 for x in options.std):
+        raise ValueError(f"--std is {options.std}; it takes positive, finite numbers")
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # of a PyTorch without CUDA, of a machine without a GPU
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--device is {name!r}, which can't be used here: {text}") from error
+    if device.type == "meta":
+        raise ValueError("--device is 'meta', where nothing is computed")
+    return device
+
+
+def _check_folder(out: Path) -> None:
+    for path in (out, *out.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"--out is {out}; it takes a folder, and {path} is a file")
+            return
 
 
 def run(options: argparse.Namespace) -> Path:
     """What the command does; returns the page."""
     load_figures()
-    if options.size < 32:
-        raise ValueError(f"--size is {options.size}; it takes 32 or more")
-    if min(options.std) <= 0:
-        raise ValueError(f"--std is {options.std}; it takes positive numbers")
+    _check_numbers(options)
+    _check_folder(options.out)
+    device = _check_device(options.device)
     pictures = [_read(path, options.size) for path in options.images]
     torch.manual_seed(options.seed)
     if options.checkpoint is not None:
@@ -73,7 +104,7 @@ def run(options: argparse.Namespace) -> Path:
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (options.mean, options.std))
     batch = torch.stack([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in pictures])
     blocks = options.blocks or [f"layer{n}.{len(getattr(network, f'layer{n}')) - 1}" for n in (1, 2, 3, 4)]
-    seen = inspect(network.to(options.device), ((batch - mean) / std).to(options.device), blocks=blocks)
+    seen = inspect(network.to(device), ((batch - mean) / std).to(device), blocks=blocks)
     return draw(seen, pictures, [path.stem for path in options.images], options.out, title=title, seed=options.seed)
 
 
@@ -82,7 +113,7 @@ def main(given: Sequence[str] | None = None) -> int:
     options = _arguments(given)
     try:
         print(run(options))
-    except (FileNotFoundError, RuntimeError, TypeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
         print(f"vcr_ops.viz: {error}", file=sys.stderr)
         return 2
     return 0

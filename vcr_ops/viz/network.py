@@ -28,9 +28,10 @@ def load_network(path: str | PathLike[str], modulation: str, backend: str) -> VC
             f"{path} is no VCRNet's checkpoint: it has no {missing[0]} (a ResNeXt's has no concepts to look at; "
             "convert and train it first)"
         )
+    _check_dims(path, state)
     network = VCRNet(
         _depths(state),
-        len(state["fc.weight"]),
+        state["fc.weight"].shape[0],
         groups=state[f"{_FIRST}sampler.value"].shape[0],
         width_per_group=state[f"{_FIRST}sampler.value"].shape[1],
         ndim=state["conv1.weight"].dim() - 2,
@@ -41,13 +42,29 @@ def load_network(path: str | PathLike[str], modulation: str, backend: str) -> VC
     return load_resnext(network, state).eval()
 
 
-def _depths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+def _check_dims(path: str | PathLike[str], state: Mapping[str, Any]) -> None:
+    """ValueError where what is read off a shape can't be."""
+    wanted = {"fc.weight": (2,), "conv1.weight": (3, 4, 5), f"{_FIRST}sampler.value": (3,)}
+    wanted |= {key: (2,) for key in state if key.endswith(".reasoner.edge")}
+    problems = []
+    for key, dims in wanted.items():
+        x = state[key]
+        if not isinstance(x, Tensor):
+            problems.append(f"{key} is a {type(x).__name__}, no tensor")
+        elif x.dim() not in dims or 0 in x.shape:
+            takes = " or ".join(map(str, dims))
+            problems.append(f"{key} has shape {tuple(x.shape)}; a VCRNet's has {takes} dims, none of size 0")
+    if problems:
+        raise ValueError(f"{path} is no VCRNet's checkpoint: {'; '.join(problems)}")
+
+
+def _depths(state: Mapping[str, Any]) -> tuple[int, ...]:
     found = (re.match(r"layer([1-4])\.(\d+)\.", key) for key in state)
     places = {(int(m[1]), int(m[2])) for m in found if m}
     return tuple(1 + max((index for s, index in places if s == stage), default=0) for stage in (1, 2, 3, 4))
 
 
-def _variant(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _variant(state: Mapping[str, Any]) -> dict[str, Any]:
     def has(name: str) -> bool:
         return f"{_FIRST}{name}" in state
 

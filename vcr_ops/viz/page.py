@@ -56,7 +56,8 @@ def draw(
         The page, out/index.html.
     Raises:
         RuntimeError: matplotlib, Pillow or scikit-learn is missing.
-        ValueError: nothing was seen, the numbers of images, names and attention maps differ, or the maps aren't 2-D.
+        ValueError: nothing was seen, the numbers of images, names and attention maps differ, the maps aren't 2-D, or
+            out is a file.
     """
     if not seen:
         raise ValueError("seen is empty: no block has run")
@@ -67,6 +68,8 @@ def draw(
         if concepts.attention.dim() != 4:
             raise ValueError(f"the attention of {path!r} has {concepts.attention.dim() - 2} spatial dims; it takes 2")
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, a file; it takes a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         sections = {path: list(_block(path, found, images, names, Path(folder), seed)) for path, found in seen.items()}

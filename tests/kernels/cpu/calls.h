@@ -265,8 +265,22 @@ class Caller {
     f.norm = {in("norm_mean"), in("norm_var"), in("norm_weight"), in("norm_bias"), 1e-5};
     f.shortcut_norm = {in("shortcut_norm_mean"), in("shortcut_norm_var"), in("shortcut_norm_weight"), in("shortcut_norm_bias"), 1e-5};
     f.pool = how.pool;
+    NormReluBackward<T> b{};
+    if (c.norm == Norm::batch) {
+      f.mean = out("norm_mean", s.channels()), f.unbiased = out("norm_var", s.channels());
+      f.var = memory.array<A>("biased variance", s.channels());
+      f.norm.mean = f.mean, f.norm.var = f.var;
+      b.N = f.N, b.channels = f.channels, b.S = f.S;
+      b.grad_out = map_in("grad_out", lie_of_gradient(s, how.lie));
+      b.y = f.y, b.norm = f.norm, b.pool = how.pool;
+      b.dy = map_out("dy");
+      if (c.shortcut != Shortcut::none)
+        b.out = {f.out.data, f.out.image, f.out.channel, f.out.position}, b.dshortcut = map_out("dshortcut");
+      b.dweight = grad("norm_weight", s.channels()), b.dbias = grad("norm_bias", s.channels());
+    }
     memory.poison();
     kernels.norm_relu(f);
+    if (c.norm == Norm::batch) kernels.norm_relu_backward(b);
     return finish();
   }
 

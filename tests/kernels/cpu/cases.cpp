@@ -210,12 +210,14 @@ std::vector<Case> norm_relu_cases() {
   std::vector<Case> cases;
   int k = 0;
   for (const Sizes& size : all_sizes)
-    for (int shortcut = 0; shortcut < 3; ++shortcut, ++k) {
-      Case c;
-      c.size = size, c.shortcut = Shortcut(shortcut), c.seed = uint64_t(9000 + k);
-      c.norm = k % 4 == 1 ? Norm::none : Norm::given, c.norm_affine = k % 5 != 2;
-      cases.push_back(c);
-    }
+    for (int batch = 0; batch < 2; ++batch)
+      for (int shortcut = 0; shortcut < 3 - batch; ++shortcut, ++k) {
+        if (batch && size.N * size.S == 1) continue;
+        Case c;
+        c.size = size, c.shortcut = Shortcut(shortcut), c.seed = uint64_t(9000 + k);
+        c.norm = batch ? Norm::batch : k % 4 == 1 ? Norm::none : Norm::given, c.norm_affine = k % 5 != 2;
+        cases.push_back(c);
+      }
   return cases;
 }
 
@@ -290,7 +292,9 @@ Tensors draw_norm_relu(const Case& c) {
     if (c.norm_affine) draw_norm_affine(random, channels, prefix, t);
   };
   draw("y", "norm_", c.norm == Norm::given);
+  if (c.norm == Norm::batch && c.norm_affine) draw_norm_affine(random, channels, "norm_", t);
   if (c.shortcut != Shortcut::none) draw("shortcut", "shortcut_norm_", c.shortcut == Shortcut::normed);
+  if (c.norm == Norm::batch) t["grad_out"] = draw_gradient(random, c.size.map());
   return t;
 }
 

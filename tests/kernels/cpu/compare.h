@@ -70,7 +70,7 @@ class Reference {
         wrong += "    " + name + ": not written\n";
         continue;
       }
-      const bool map = name == "out" || name == "dy" || name == "dz", gradient = name[0] == 'd';
+      const bool map = name == "out" || name == "dy" || name == "dz" || name == "dshortcut", gradient = name[0] == 'd';
       const Norms error = norms(found->second, &named.second), plain_error = norms(plain.at(name), &named.second),
                   own = norms(named.second);
       // the last term: the variance of equal numbers of about 1 is 0 up to the rounding of their mean

@@ -274,6 +274,8 @@ int check_faults() {
   must(compare(Middle{}, fault_case(), Fault::biased_variance), "the returned variance");
   must(compare(Sample{}, fault_case(), Fault::query_gradient), "concept_sample: the query's gradient");
   must(compare(Reason{}, fault_case(), Fault::edges_gradient), "concept_reason: the edges' gradient");
+  must(compare(NormReluOp{}, fault_case(), Fault::norm_mean_gradient), "norm_relu: the batch mean's gradient");
+  must(compare(NormReluOp{}, fault_case(), Fault::norm_var_gradient), "norm_relu: the batch variance's gradient");
   must(compare(
            Modulate{},
            [&] {

@@ -63,8 +63,8 @@ struct NormReluOp {
   static constexpr bool maps = true;
   static Tensors draw(const Case& c) { return draw_norm_relu(c); }
   template <class R>
-  static Tensors reference(const Case& c, Tensors& in, Closest*, Fault) {
-    return norm_relu_reference<R>(c, in);
+  static Tensors reference(const Case& c, Tensors& in, Closest* closest, Fault fault) {
+    return norm_relu_reference<R>(c, in, closest, fault);
   }
   template <class T>
   static Called call(Caller<T> caller, const Kernels<T>& kernels) {

@@ -389,27 +389,30 @@ Tensors modulate_reference(const Case& c, Tensors& inputs, Closest* closest, Fau
 }
 
 template <class R>
-Tensors norm_relu_reference(const Case& c, const Tensors& inputs) {
-  const auto normed = [&](const std::string& map, const std::string& prefix, int64_t i) {
-    const size_t channel = size_t(i / c.size.S % c.size.channels());
-    const auto at = [&](const char* name, R otherwise) {
-      const auto found = inputs.find(prefix + name);
-      return found == inputs.end() ? otherwise : R(found->second[channel]);
-    };
-    const R x = R(inputs.at(map)[size_t(i)]);
-    if (inputs.find(prefix + "mean") == inputs.end()) return x;
-    return (x - at("mean", 0)) / std::sqrt(at("var", 1) + R(norm_eps)) * at("weight", 1) + at("bias", 0);
-  };
-  std::vector<double> out;
-  for (int64_t i = 0; i < c.size.map(); ++i) {
-    R x = normed("y", "norm_", i);
-    if (c.shortcut != Shortcut::none) x += normed("shortcut", "shortcut_norm_", i);
-    out.push_back(double(x > 0 ? x : R(0)));
+Tensors norm_relu_reference(const Case& c, Tensors& inputs, Closest* closest, Fault fault) {
+  Graph<R> graph(c, inputs, closest, fault);
+  using V = Var<R>;
+  const auto z = graph.norm(graph.leaf("y"));
+  typename Graph<R>::Vs out;
+  for (size_t i = 0; i < z.size(); ++i) {
+    V pre = z[i];
+    if (c.shortcut == Shortcut::plain) pre = pre + graph.leaf("shortcut")[i];
+    if (c.shortcut == Shortcut::normed) {
+      const size_t channel = i / size_t(c.size.S) % size_t(c.size.channels());
+      const auto at = [&](const char* name, double otherwise) {
+        const auto found = inputs.find(std::string("shortcut_norm_") + name);
+        return V(R(found == inputs.end() ? otherwise : found->second[channel]));
+      };
+      pre =
+          pre + Graph<R>::normalised(V(R(inputs.at("shortcut")[i])), at("mean", 0), at("var", 1), norm_eps, at("weight", 1), at("bias", 0));
+    }
+    if (closest != nullptr && c.norm == Norm::batch && std::fabs(double(pre.v)) < near_zero) inputs.at("grad_out")[i] = 0;
+    out.push_back(relu(pre));
   }
-  return {{"out", out}};
+  graph.output("out", out, "grad_out");
+  if (c.norm == Norm::batch) return graph.finish();
+  return graph.results;  // has no backward
 }
-template Tensors norm_relu_reference<double>(const Case&, const Tensors&);
-template Tensors norm_relu_reference<float>(const Case&, const Tensors&);
 
 #define VCR_REFERENCE(op)                                              \
   template Tensors op<double>(const Case&, Tensors&, Closest*, Fault); \
@@ -418,5 +421,6 @@ VCR_REFERENCE(middle_reference)
 VCR_REFERENCE(sample_reference)
 VCR_REFERENCE(reason_reference)
 VCR_REFERENCE(modulate_reference)
+VCR_REFERENCE(norm_relu_reference)
 
 }  // namespace vcr_test

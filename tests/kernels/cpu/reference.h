@@ -34,8 +34,8 @@ template <class R>
 Tensors reason_reference(const Case& c, Tensors& inputs, Closest* closest = nullptr, Fault fault = Fault::none);
 template <class R>
 Tensors modulate_reference(const Case& c, Tensors& inputs, Closest* closest = nullptr, Fault fault = Fault::none);
-// relu(norm(y) + norm(shortcut)); has no gradients.
+// relu(norm(y) + norm(shortcut)); gradients where the statistics are the batch's.
 template <class R>
-Tensors norm_relu_reference(const Case& c, const Tensors& inputs);
+Tensors norm_relu_reference(const Case& c, Tensors& inputs, Closest* closest = nullptr, Fault fault = Fault::none);
 
 }  // namespace vcr_test

@@ -1,8 +1,10 @@
 // All CUDA kernels, executed on the host, against the literal equations in double. No torch, no CUDA.
-//   driver                 everything; --every K takes every K-th case, --small N only maps of at most N elements, once each
+//   driver                 everything; --every K takes every K-th case, --small N only maps of at most N elements, once each, and --list 1
+//                          names what runs. Some cases are fixed: they run whatever is asked for.
 #include <sys/mman.h>
 
 #include <chrono>
+#include <cstring>
 
 #include "cuda/convert.cuh"
 #include "float16.h"
@@ -31,6 +33,7 @@ Precision precision<f16>() {
 namespace {
 
 int64_t small = 0;  // under ThreadSanitizer a thread costs a hundred times what it costs without
+bool list = false;
 
 struct Report {
   int calls = 0, failures = 0;
@@ -63,6 +66,32 @@ constexpr int machine_count = 4;
 // Cases take the types in turn; machines go round otherwise, so that each type meets each machine.
 const Machine& machine_of(int turn) { return machines[(turn + turn / 4) % machine_count]; }
 
+// How MiddleEvaluate is launched. Concepts exchange messages within a cluster, or all over a grid whose blocks are there at once.
+// (In channels_last only clusters whose blocks read whole sectors of memory come first.)
+enum class Evaluation { any, cluster, grid, alone };
+const char* const evaluation_names[] = {"", "by clusters", "by a grid", "by blocks alone"};
+bool launched_as(Evaluation evaluation) {
+  if (evaluation == Evaluation::any) return true;
+  const auto& launched = host_runner().launched;
+  if (launched.size() != 1 || std::strstr(launched[0].kernel, "MiddleEvaluate") == nullptr) return false;
+  const vcr::cuda::Grid& grid = launched[0].grid;
+  return grid.together == (evaluation == Evaluation::grid) && (grid.cluster > 1) == (evaluation == Evaluation::cluster);
+}
+
+// A case that always runs, because the cases that are drawn by numbers may miss what it does.
+struct Fixed {
+  int type;                       // of float, double, bf16, f16
+  const Machine *first, *second;  // on which both directions run, and evaluation
+  Case c;
+  Evaluation evaluation = Evaluation::any;
+};
+struct Turn {
+  int number;
+  const Machine *first, *second;
+  Evaluation evaluation;
+  bool fixed;
+};
+
 template <class Op, class T>
 Called call(const Case& c, const Tensors& inputs, const Machine& machine, Lie lie, bool backward) {
   host_runner().device = machine.device, host_runner().settings = machine.settings;
@@ -70,10 +99,12 @@ Called call(const Case& c, const Tensors& inputs, const Machine& machine, Lie li
 }
 
 template <class Op, class T>
-void check_type(Case c, const Tensors& inputs, const Reference& reference, int turn, Report& report, Largest& largest) {
+void check_type(Case c, const Tensors& inputs, const Reference& reference, const Turn& at, Report& report, Largest& largest) {
   const Precision type = precision<T>();
   const auto fail = [&](const std::string& where, const std::string& what) { report.fail(Op::name, c, type.name, where, what); };
-  const Machine &first = machine_of(turn), &second = machine_of(turn + 1);
+  const int turn = at.number;
+  const Machine &first = *at.first, &second = *at.second;
+  if (list) std::printf("    %s %s; %s; %s\n", c.name().c_str(), type.name, first.name, second.name);
   for (const Lie lie : {Lie::contiguous, Lie::channels_last}) {
     if (!Op::maps && lie != Lie::contiguous) break;
     const Lie slice = lie == Lie::contiguous ? Lie::contiguous_slice : Lie::channels_last_slice;
@@ -84,7 +115,7 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
     if (!called.damage.empty()) fail(where, "    changed: " + called.damage);
     const std::string wrong = reference.check(called.results, type, {}, largest);
     if (!wrong.empty()) fail(where, wrong);
-    if (small > 0 && turn % 2 == int(lie == Lie::contiguous)) continue;
+    if (small > 0 && !at.fixed && turn % 2 == int(lie == Lie::contiguous)) continue;
     // the same bits whatever the order of threads and of blocks, and for a dense map as for a slice
     Machine other = first;
     other.settings = {simt::Order::shuffled, simt::Order::shuffled, uint64_t(turn) + 10};
@@ -98,6 +129,7 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
       const Called forward = call<Op, T>(c, inputs, second, lie, false);
       ++report.calls;
       if (!forward.damage.empty()) fail(alone, "    changed: " + forward.damage);
+      if (!launched_as(at.evaluation)) fail(alone, std::string("    isn't evaluated ") + evaluation_names[int(at.evaluation)]);
       const std::string bad = reference.check(forward.results, type, gradients_of(reference), largest);
       if (!bad.empty()) fail(alone, bad);
       if constexpr (std::is_same_v<Op, Middle>) {
@@ -118,30 +150,34 @@ void check_type(Case c, const Tensors& inputs, const Reference& reference, int t
 }
 
 template <class Op>
-void check_op(const std::vector<Case>& cases, int every, Report& report) {
+void check_op(const std::vector<Case>& cases, int every, const std::vector<Fixed>& fixed, Report& report) {
   const auto start = std::chrono::steady_clock::now();
   double reference_s = 0;
-  int taken = 0;
   Report own;
-  for (size_t k = 0, seen = 0; k < cases.size(); ++k) {
-    Case c = cases[k];
-    if ((small > 0 && c.size.map() > small) || seen++ % size_t(every) != 0) continue;
+  const auto check = [&](Case c, int type, const Turn& turn) {
     Tensors inputs;
     const auto before = std::chrono::steady_clock::now();
     const Reference reference = make_reference<Op>(c, inputs);
     reference_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
-    // one type a case: every (type, sampler, modulation) occurs
-    const int turn = taken++;
-    switch (turn % (Op::maps ? 4 : 2)) {
+    switch (type) {
       case 0: check_type<Op, float>(c, inputs, reference, turn, own, own.largest[0]); break;
       case 1: check_type<Op, double>(c, inputs, reference, turn, own, own.largest[1]); break;
       case 2: check_type<Op, bf16>(c, inputs, reference, turn, own, own.largest[2]); break;
       default: check_type<Op, f16>(c, inputs, reference, turn, own, own.largest[3]); break;
     }
+  };
+  int taken = 0;
+  for (size_t k = 0, seen = 0; k < cases.size(); ++k) {
+    if ((small > 0 && cases[k].size.map() > small) || seen++ % size_t(every) != 0) continue;
+    // one type a case: every (type, sampler, modulation) occurs
+    check(cases[k], taken % (Op::maps ? 4 : 2), {taken, &machine_of(taken), &machine_of(taken + 1), Evaluation::any, false});
+    ++taken;
   }
+  int number = 0;
+  for (const Fixed& f : fixed) check(f.c, f.type, {number++, f.first, f.second, f.evaluation, true});
   const double all_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf("  %-17s %3d cases, %4d calls, %d failures; %.1f s, of which the reference %.1f s; largest error / bound:", Op::name, taken,
-              own.calls, own.failures, all_s, reference_s);
+  std::printf("  %-17s %3d cases and %d fixed, %4d calls, %d failures; %.1f s, of which the reference %.1f s; largest error / bound:",
+              Op::name, taken, int(fixed.size()), own.calls, own.failures, all_s, reference_s);
   const char* types[] = {"float", "double", "bf16", "f16"};
   for (int i = 0; i < 4; ++i)
     if (!own.largest[i].at.empty()) std::printf(" %s %.2f (%s)", types[i], own.largest[i].ratio, own.largest[i].at.c_str());
@@ -149,6 +185,59 @@ void check_op(const std::vector<Case>& cases, int every, Report& report) {
   std::fflush(stdout);
   report.calls += own.calls;
   report.failures += own.failures;
+}
+
+// Every choice of every variant, each kind of evaluation and training as one kernel and as several, on maps of more than one stage.
+std::vector<Fixed> fixed_middle() {
+  const Machine *clusters = &machines[0], *little = &machines[1], *apart = &machines[2], *together = &machines[3];
+  const auto middle = [](const Sizes& size, Sampler sampler, Edges edges, Modulation modulation, Affine affine, Norm norm, bool batch) {
+    Case c;
+    c.size = size, c.sampler = sampler, c.edges = edges, c.modulation = modulation, c.affine = affine, c.norm = norm, c.state_batch = batch;
+    c.norm_affine = norm != Norm::none, c.seed = 8000 + uint64_t(size.map());
+    return c;
+  };
+  constexpr Sampler query = Sampler::dynamic_query, logit = Sampler::static_query, pool = Sampler::pool;
+  constexpr Edges dynamic = Edges::dynamic_edges, learned = Edges::static_edges, none = Edges::none;
+  constexpr Modulation channel = Modulation::channel, pixel = Modulation::pixel;
+  constexpr bool batch = true, given = false;
+  return {
+      {0, little, clusters, middle({2, 4, 8, 2, 35}, query, dynamic, channel, Affine::both, Norm::given, given), Evaluation::cluster},
+      {2, clusters, together, middle({1, 3, 4, 4, 70}, query, dynamic, pixel, Affine::both, Norm::given, given), Evaluation::grid},
+      {3, apart, clusters, middle({1, 2, 32, 4, 17}, logit, learned, pixel, Affine::scale, Norm::none, given), Evaluation::cluster},
+      {1, little, apart, middle({1, 5, 3, 3, 20}, pool, learned, channel, Affine::shift, Norm::given, given), Evaluation::grid},
+      {0, apart, clusters, middle({1, 2, 4, 4, 33}, logit, none, pixel, Affine::both, Norm::given, given), Evaluation::alone},
+      {0, together, little, middle({2, 2, 4, 4, 40}, logit, dynamic, pixel, Affine::both, Norm::batch, batch)},
+      {2, clusters, apart, middle({2, 3, 4, 4, 21}, query, dynamic, channel, Affine::scale, Norm::batch, batch)},
+      {3, together, clusters, middle({3, 2, 5, 4, 9}, pool, none, channel, Affine::both, Norm::batch, batch)},
+      {1, apart, little, middle({2, 2, 3, 4, 33}, query, learned, pixel, Affine::shift, Norm::none, batch)},
+  };
+}
+std::vector<Fixed> fixed_sample() {
+  std::vector<Fixed> fixed;
+  for (int k = 0; k < 6; ++k) {
+    Case c;
+    c.size = {2, 3, 3, 4, 33}, c.sampler = Sampler(k % 3), c.attention_gradient = k < 3, c.seed = uint64_t(8100 + k);
+    fixed.push_back({k % 4, &machines[k % 4], &machines[(k + 1) % 4], c});
+  }
+  return fixed;
+}
+std::vector<Fixed> fixed_reason() {
+  std::vector<Fixed> fixed;
+  for (int edges = 0; edges < 3; ++edges) {
+    Case c;
+    c.size = {2, 3, 1, 4, 1}, c.edges = Edges(edges), c.state_batch = true, c.seed = uint64_t(8200 + edges);
+    fixed.push_back({edges % 2, &machines[edges], &machines[edges + 1], c});
+  }
+  return fixed;
+}
+std::vector<Fixed> fixed_modulate() {
+  std::vector<Fixed> fixed;
+  for (int affine = 0; affine < 3; ++affine) {
+    Case c;
+    c.size = {2, 3, 3, 4, 33}, c.modulation = Modulation::pixel, c.affine = Affine(affine), c.seed = uint64_t(8300 + affine);
+    fixed.push_back({affine == 0 ? 0 : affine + 1, &machines[affine], &machines[affine + 1], c});
+  }
+  return fixed;
 }
 
 // No image: nothing to read, gradients are zero, nothing else is touched.
@@ -310,14 +399,17 @@ int main(int count, char** arguments) {
       every = std::atoi(arguments[i + 1]);
     else if (std::string(arguments[i]) == "--small")
       small = std::atoi(arguments[i + 1]);
+    else if (std::string(arguments[i]) == "--list")
+      list = std::atoi(arguments[i + 1]) != 0;
     else
       return 2;
   if (every < 1 || count % 2 == 0) return 2;
   Report report;
-  check_op<Middle>(middle_cases(), every, report);
-  check_op<Sample>(sample_cases(), every, report);
-  check_op<Reason>(reason_cases(), every, report);
-  check_op<Modulate>(modulate_cases(), every, report);
+  const int of_others = every < 8 ? 1 : every;  // seconds together; their cases alternate, so that an even step would miss half
+  check_op<Middle>(middle_cases(), every, fixed_middle(), report);
+  check_op<Sample>(sample_cases(), of_others, fixed_sample(), report);
+  check_op<Reason>(reason_cases(), of_others, fixed_reason(), report);
+  check_op<Modulate>(modulate_cases(), of_others, fixed_modulate(), report);
   check_empty<float>(report);
   check_empty<f16>(report);
   check_convert(report);

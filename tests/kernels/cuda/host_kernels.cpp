@@ -33,7 +33,9 @@ void run(const Args& args) {
   const Workspace workspace(carve.used);
   HostRunner& runner = host_runner();
   runner.status = {};
-  if (!launch.run(runner, workspace.data()).ok()) simt::fail("a launch was refused");
+  runner.launched.clear();
+  runner.refusal = launch.run(runner, workspace.data());
+  if (!runner.refusal.ok() && !runner.may_refuse) simt::fail("a launch was refused");
 }
 
 }  // namespace

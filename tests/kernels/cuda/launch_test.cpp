@@ -1,11 +1,20 @@
 // The launch arithmetic: how work is divided, and how much memory that takes, for maps of more than 2^31 elements, too.
 //   launch_test             the checks
-//   launch_test --shared    what is launched for the paper's stages: blocks, threads, shared memory
+//   launch_test --shared    the shared memory of every kernel for the paper's stages; fails where it is more than an architecture has
+#include <cxxabi.h>
+
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <typeinfo>
+#include <vector>
 
+#include "concept_modulate/cuda_launch.h"
+#include "concept_reason/cuda_launch.h"
+#include "concept_sample/cuda_launch.h"
 #include "cuda/convert.cuh"
 #include "vcr_middle/cuda_launch.h"
 
@@ -31,7 +40,8 @@ Device a100() {
   return d;
 }
 const Problem paper[] = {{16, 32, 4, 4, 56 * 56}, {16, 32, 8, 4, 28 * 28}, {16, 32, 16, 4, 14 * 14}, {16, 32, 32, 8, 7 * 7}};
-const Problem huge = {1 << 20, 32, 4, 4, 56 * 56};  // 4.2e11 elements
+const Problem huge = {1 << 20, 32, 4, 4, 56 * 56};           // 4.2e11 elements
+const Problem many = {int64_t(1) << 26, 32, 4, 4, 56 * 56};  // more than 2^31 units of work, and bytes beside the maps
 const Problem wide = {2, 3, 700, 175, 50};
 const Problem tall = {1, 1, 1, 4, (int64_t(1) << 31) + 5};
 
@@ -47,45 +57,54 @@ MiddleForward<T> forward(const Problem& pr, bool last, Norm norm, bool state_bat
   return f;
 }
 
+// ChannelStats<float>
+std::string name_of(const std::type_info& kernel) {
+  char* demangled = abi::__cxa_demangle(kernel.name(), nullptr, nullptr, nullptr);
+  std::string name = demangled;
+  std::free(demangled);
+  for (const std::string space : {"vcr::cuda::", "vcr::"})
+    for (size_t at; (at = name.find(space)) != std::string::npos;) name.erase(at, space.size());
+  return name;
+}
+
 // Remembers what would be launched.
 struct Recorder {
   Device device;
   Status status{};
   int launches = 0;
   Grid grid{};
-  bool print = false;
+  std::vector<std::string> plan{};  // NAME UNITS[ in BLOCKS] x THREADS, BYTES[, clusters of N][, together]
+  std::map<std::string, int64_t> shared{};
   template <class K>
   void launch(const typename K::Args& args, int cluster = 1) {
     ++launches;
-    note<K>(grid_of<K>(device, args, cluster));
+    note(typeid(K), grid_of<K>(device, args, cluster));
     check(grid.units >= grid.blocks && !grid.together, "units", grid.units);
   }
   template <class K>
   void launch_together(const typename K::Args& args) {
     ++launches;
-    note<K>(grid_together<K>(device, args));
+    note(typeid(K), grid_together<K>(device, args));
     check(grid.units == grid.blocks && grid.together, "a unit for each block", grid.units);
     // registers: K::resident of a multiprocessor; shared memory: of which each block takes 1 KiB more
     const int64_t of_each = quotient_up(grid.blocks, device.multiprocessors);
     check(of_each <= K::resident && of_each * (grid.shared + 1024) <= device.shared + 1024, "blocks that are there at once", grid.blocks);
   }
-  template <class K>
-  void note(const Grid& of) {
+  void note(const std::type_info& kernel, const Grid& of) {
     grid = of;
     const int cluster = grid.cluster;
-    if (print) print_row(typeid(K).name());
+    const std::string name = name_of(kernel);
+    plan.push_back(name.substr(0, name.find('<')) + ' ' + std::to_string(grid.units) +
+                   (grid.blocks != grid.units ? " in " + std::to_string(grid.blocks) : "") + " x " + std::to_string(grid.threads) + ", " +
+                   std::to_string(grid.shared) + (cluster > 1 ? ", clusters of " + std::to_string(cluster) : "") +
+                   (grid.together ? ", together" : ""));
+    shared[name] = most(shared[name], grid.shared);
     check(grid.shared <= device.shared, "shared memory of a block", grid.shared);
     check(grid.blocks > 0 && grid.blocks <= int64_t(1) << 30 && grid.blocks % cluster == 0, "blocks", grid.blocks);
     check(grid.units % cluster == 0, "units", grid.units);
     check(grid.threads % warp_size == 0 && grid.threads <= 1024, "threads", grid.threads);
   }
   void zero(void*, int64_t) {}
-  void print_row(const std::string& mangled) const {  // N3vcr4cuda12ChannelStatsIfEE
-    const size_t digits = mangled.find_first_not_of("0123456789", 10);
-    const std::string name = mangled.substr(digits, size_t(std::stoi(mangled.substr(10))));
-    std::printf("    %-22s %6lld blocks of %3d threads, %6lld bytes, clusters of %d\n", name.c_str(), static_cast<long long>(grid.blocks),
-                grid.threads, static_cast<long long>(grid.shared), grid.cluster);
-  }
 };
 
 template <class T>
@@ -191,33 +210,200 @@ void check_convert() {
   check(ConvertLaunch(list + 1, 1).run(recorder).ok() && recorder.launches == 0, "nothing to convert, nothing is launched");
 }
 
-template <class T>
-void print_launches(const char* type) {
+struct Planned {
+  const char* op;
+  bool ok;
+  int64_t workspace;
+  Recorder recorder;
+};
+template <class Launch, class Args>
+Planned planned(const char* op, const Device& device, const Args& args) {
+  const Launch launch(args);
+  Carver carve{nullptr};
+  launch.workspace(carve);
+  Planned p{op, false, carve.used, {device}};
   char unused = 0;
-  for (const bool last : {false, true})
-    for (const Problem& pr : paper) {
-      std::printf("  %s, p = %lld, S = %lld, N = 16, %s, H100\n", type, static_cast<long long>(pr.p), static_cast<long long>(pr.S),
-                  last ? "channels_last" : "contiguous");
-      Recorder recorder{h100()};
-      recorder.print = true;
-      MiddleForwardLaunch<T>(forward<T>(pr, last, Norm::given, false, false, Edges::dynamic_edges)).run(recorder, &unused);
-      const MiddleForward<T> training = forward<T>(pr, last, Norm::batch, true, true, Edges::dynamic_edges);
-      MiddleForwardLaunch<T>(training).run(recorder, &unused);
-      MiddleBackward<T> backward{};
-      backward.problem = pr, backward.options = training.options, backward.y = training.y;
-      backward.grad_out = training.y, backward.dy = training.out;
-      MiddleBackwardLaunch<T>(backward).run(recorder, &unused);
-    }
+  p.ok = launch.run(p.recorder, &unused).ok();
+  return p;
+}
+// Evaluation, and both directions of every op in training.
+template <class T>
+std::vector<Planned> plans(const Device& device, const Problem& pr, bool last, Modulation modulation) {
+  using A = acc_t<T>;
+  static A there[1];  // for pointers that say what is asked for
+  MiddleForward<T> evaluation = forward<T>(pr, last, Norm::given, false, false, Edges::dynamic_edges);
+  MiddleForward<T> training = forward<T>(pr, last, Norm::batch, true, true, Edges::dynamic_edges);
+  evaluation.options.modulation = training.options.modulation = modulation;
+  MiddleBackward<T> backward{};
+  backward.problem = pr, backward.options = training.options;
+  backward.y = backward.grad_out = training.y, backward.dy = training.out;
+  SampleForward<T> sample{};
+  SampleBackward<T> sample_backward{};
+  ModulateForward<T> modulate{};
+  ModulateBackward<T> modulate_backward{};
+  sample.problem = sample_backward.problem = modulate.problem = modulate_backward.problem = pr;
+  sample.z = sample_backward.z = modulate.z = modulate_backward.z = modulate_backward.grad_out = training.y;
+  sample_backward.dz = modulate.out = modulate_backward.dz = training.out;
+  sample.sampler = sample_backward.sampler = Sampler::dynamic_query;
+  sample.save = true, sample.saved = there, sample.attention = there, sample_backward.dattention = there;
+  if (modulation == Modulation::pixel) modulate.attention = modulate_backward.attention = modulate_backward.dattention = there;
+  ReasonForward<A> reason{};
+  ReasonBackward<A> reason_backward{};
+  reason.N = reason_backward.N = pr.N, reason.C = reason_backward.C = pr.C, reason.pt = reason_backward.pt = pr.pt;
+  reason.edges = reason_backward.edges = Edges::dynamic_edges, reason.batch = reason_backward.batch = true;
+  return {planned<MiddleForwardLaunch<T>>("evaluation", device, evaluation),
+          planned<MiddleForwardLaunch<T>>("training", device, training),
+          planned<MiddleBackwardLaunch<T>>("backward", device, backward),
+          planned<SampleForwardLaunch<T>>("concept_sample", device, sample),
+          planned<SampleBackwardLaunch<T>>("concept_sample_backward", device, sample_backward),
+          planned<ReasonForwardLaunch<A>>("concept_reason", device, reason),
+          planned<ReasonBackwardLaunch<A>>("concept_reason_backward", device, reason_backward),
+          planned<ModulateForwardLaunch<T>>("concept_modulate", device, modulate),
+          planned<ModulateBackwardLaunch<T>>("concept_modulate_backward", device, modulate_backward)};
+}
+
+// The workspace and the launches, to the byte.
+struct Exact {
+  int64_t workspace;
+  std::vector<const char*> launches;
+};
+void check_exact(const char* what, const std::vector<Planned>& all, const std::vector<Exact>& expected) {
+  check(all.size() == expected.size(), what, static_cast<long long>(all.size()));
+  for (size_t i = 0; i < all.size() && i < expected.size(); ++i) {
+    const Planned& is = all[i];
+    const Exact& right = expected[i];
+    ++checks;
+    if (is.ok && is.workspace == right.workspace &&
+        std::equal(right.launches.begin(), right.launches.end(), is.recorder.plan.begin(), is.recorder.plan.end()))
+      continue;
+    ++failures;
+    std::printf("FAILED %s, %s:\n  a workspace of %lld, and it is %lld\n", what, is.op, static_cast<long long>(right.workspace),
+                static_cast<long long>(is.workspace));
+    for (const char* launch : right.launches) std::printf("  expected %s\n", launch);
+    for (const std::string& launch : is.recorder.plan) std::printf("  is       %s\n", launch.c_str());
+  }
+}
+// In the order of plans(). The arithmetic was done apart from this code, from the arrays that Workspace and Shared list.
+void check_exact() {
+  check_exact("stage 1, float", plans<float>(h100(), paper[0], false, Modulation::channel),
+              {
+                  {81440, {"MiddleEvaluate 128 x 256, 210688, clusters of 8"}},
+                  {50176, {"Together 264 x 256, 37632, together"}},
+                  {314880,
+                   {"ModulateBackwardSums 256 x 256, 33344", "StateGradients 16 x 256, 0", "StateNormBackward 16 x 256, 128",
+                    "SmallGradients 512 x 128, 0", "MiddleInputGrad 1792 x 256, 24992"}},
+                  {0, {"ConceptSample 256 x 256, 37632"}},
+                  {77824, {"AttentionSums 256 x 256, 20688", "SampleGradients 32 x 256, 0", "MiddleInputGrad 1792 x 256, 24992"}},
+                  {1024, {"ConceptReason 16 x 256, 0", "NormaliseStates 16 x 256, 64"}},
+                  {26112, {"StateReluBackward 16 x 256, 64", "StateNormBackward 16 x 256, 128", "ReasonGradients 32 x 256, 0"}},
+                  {0, {"ModulateAlone 1792 x 256, 176"}},
+                  {32768, {"ModulateAloneBackward 256 x 256, 37552", "ModulateGradients 32 x 256, 0"}},
+              });
+  check_exact("stage 4, bf16", plans<bf16>(h100(), paper[3], true, Modulation::pixel),
+              {
+                  {411712, {"MiddleEvaluate 128 x 256, 21152, clusters of 8"}},
+                  {395264, {"Together 264 x 256, 7520, together"}},
+                  {3709952, {"Together 264 x 256, 9632, together", "MiddleInputGrad 512 x 256, 8464"}},
+                  {0, {"ConceptSample 512 x 256, 7520"}},
+                  {446464, {"AttentionSums 512 x 256, 3824", "SampleGradients 32 x 256, 0", "MiddleInputGrad 512 x 256, 4912"}},
+                  {2048, {"ConceptReason 16 x 256, 0", "NormaliseStates 16 x 256, 128"}},
+                  {52224, {"StateReluBackward 16 x 256, 128", "StateNormBackward 16 x 256, 256", "ReasonGradients 32 x 256, 0"}},
+                  {0, {"ModulateAlone 512 x 256, 4208"}},
+                  {262144, {"ModulateAloneBackward 512 x 256, 8576", "ModulateGradients 32 x 256, 0"}},
+              });
+  check_exact(
+      "many", plans<float>(h100(), many, false, Modulation::pixel),
+      {
+          {335007450656, {"MiddleEvaluate 536870912 x 256, 210688, clusters of 8"}},
+          {73014575104,
+           {"ChannelStats 1024 x 256, 16864", "ConceptSample 1073741824 x 256, 37632", "ConceptReason 67108864 x 256, 0",
+            "ConceptModulate 4294967296 in 1073741824 x 256, 20896"}},
+          {539018821632,
+           {"ModulateBackwardSums 1073741824 x 256, 45904", "StateGradients 67108864 x 256, 0", "StateNormBackward 67108864 x 256, 128",
+            "SmallGradients 1024 x 128, 0", "MiddleInputGrad 2147483648 in 1073741824 x 256, 45600"}},
+          {0, {"ConceptSample 1073741824 x 256, 37632"}},
+          {326417514496,
+           {"AttentionSums 1073741824 x 256, 20688", "SampleGradients 32 x 256, 0",
+            "MiddleInputGrad 2147483648 in 1073741824 x 256, 24992"}},
+          {4294967296, {"ConceptReason 67108864 x 256, 0", "NormaliseStates 67108864 x 256, 64"}},
+          {109521666048, {"StateReluBackward 67108864 x 256, 64", "StateNormBackward 67108864 x 256, 128", "ReasonGradients 32 x 256, 0"}},
+          {0, {"ModulateAlone 4294967296 in 1073741824 x 256, 20784"}},
+          {137438953472, {"ModulateAloneBackward 1073741824 x 256, 37552", "ModulateGradients 32 x 256, 0"}},
+      });
+  check_exact("tall", plans<bf16>(h100(), tall, false, Modulation::channel),
+              {
+                  {144, {"ConceptSample 1 x 256, 3296", "ConceptModulate 2097153 x 256, 176"}},
+                  {96,
+                   {"ChannelStats 1 x 256, 1120", "ConceptSample 1 x 256, 11600", "ConceptReason 1 x 256, 0",
+                    "ConceptModulate 2097153 x 256, 176"}},
+                  {432,
+                   {"ModulateBackwardSums 1 x 256, 2208", "StateGradients 1 x 256, 0", "StateNormBackward 1 x 256, 128",
+                    "SmallGradients 1 x 128, 0", "MiddleInputGrad 1048577 x 256, 5280"}},
+                  {0, {"ConceptSample 1 x 256, 11600"}},
+                  {176, {"AttentionSums 1 x 256, 3120", "SampleGradients 1 x 256, 0", "MiddleInputGrad 1048577 x 256, 5280"}},
+                  {64, {"ConceptReason 1 x 256, 0", "NormaliseStates 1 x 256, 64"}},
+                  {144, {"StateReluBackward 1 x 256, 64", "StateNormBackward 1 x 256, 128", "ReasonGradients 1 x 256, 0"}},
+                  {0, {"ModulateAlone 2097153 x 256, 96"}},
+                  {64, {"ModulateAloneBackward 1 x 256, 4288", "ModulateGradients 1 x 256, 0"}},
+              });
+}
+
+struct Arch {
+  const char* name;
+  int64_t limit;  // bytes of shared memory that a block may have
+  Device device;
+};
+// The most that a block of each kernel is given over the paper's stages, N = 1 and 16, both layouts and both modulations, as several kernels
+// and as one.
+template <class T>
+void find_shared(const std::vector<Arch>& archs, std::map<std::string, std::vector<int64_t>>& rows) {
+  for (size_t i = 0; i < archs.size(); ++i)
+    for (int k = 0; k < 16; ++k)
+      for (Problem pr : paper) {
+        pr.N = k & 1 ? 16 : 1;
+        Device device = archs[i].device;
+        if (k & 8) device.l2 = 0;
+        for (const Planned& p : plans<T>(device, pr, (k & 2) != 0, k & 4 ? Modulation::pixel : Modulation::channel)) {
+          check(p.ok, p.op, pr.S);
+          for (const auto& [kernel, bytes] : p.recorder.shared) {
+            std::vector<int64_t>& row = rows[kernel];
+            row.resize(archs.size());
+            row[i] = most(row[i], bytes);
+          }
+        }
+      }
+}
+int print_shared() {
+  // What a block may have: CUDA's table of compute capabilities.
+  std::vector<Arch> archs{
+      {"sm_80", 163 << 10, a100()}, {"sm_86", 99 << 10, a100()}, {"sm_90", 227 << 10, h100()}, {"sm_100", 227 << 10, h100()}};
+  for (Arch& arch : archs) arch.device.shared = arch.limit;
+  std::map<std::string, std::vector<int64_t>> rows;
+  find_shared<float>(archs, rows), find_shared<bf16>(archs, rows), find_shared<f16>(archs, rows);
+  std::printf("%-36s", "shared memory of a block, bytes");
+  for (const Arch& arch : archs) std::printf(" %7s", arch.name);
+  std::printf("\n");
+  int above = 0;
+  const auto print = [&](const std::string& name, const std::vector<int64_t>& row) {
+    std::printf("%-36s", name.c_str());
+    for (const int64_t bytes : row) std::printf(" %7lld", static_cast<long long>(bytes));
+    std::printf("\n");
+  };
+  std::vector<int64_t> limits;
+  for (const Arch& arch : archs) limits.push_back(arch.limit);
+  for (const auto& [name, row] : rows) {
+    print(name.size() > 36 ? name.substr(0, 33) + "..." : name, row);
+    for (size_t i = 0; i < archs.size(); ++i) above += row[i] > limits[i];
+  }
+  print("may have", limits);
+  std::printf("%zu kernels, %d times more than a block may have, %d other failures\n", rows.size(), above, failures);
+  return above + failures != 0;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count == 2 && std::strcmp(arguments[1], "--shared") == 0) {
-    print_launches<float>("float");
-    print_launches<bf16>("bf16");
-    return 0;
-  }
+  if (count == 2 && std::strcmp(arguments[1], "--shared") == 0) return print_shared();
   Device apart = h100();
   apart.l2 = 0;
   for (const Device& device : {h100(), a100(), apart}) {
@@ -228,6 +414,7 @@ int main(int count, char** arguments) {
   check_evaluation();
   check_limits();
   check_convert();
+  check_exact();
   std::printf("  launch arithmetic %d checks, %d failures\n", checks, failures);
   return failures != 0;
 }

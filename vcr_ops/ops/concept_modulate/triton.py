@@ -96,7 +96,7 @@ def backward(
         BS=found["BS"],
         **options(found),
     )
-    small = {name: x for name, x in size.map_constants.items() if name != "LAST"}
+    small = size.small_constants
     launch(
         kernels.modulate_gradients,
         (C,),
@@ -108,8 +108,6 @@ def backward(
         *gradients[:5],
         N,
         **small,
-        PT=pt,
-        PT2=power_of_two(pt),
         BN=rows_at_once(power_of_two(p) * power_of_two(pt), max(N, 1)),
         num_warps=4,
     )

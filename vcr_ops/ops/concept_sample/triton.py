@@ -6,7 +6,7 @@ from ...maps import acc_dtype, empty_map_like
 from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
 from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sample_config, sizes_of, splits_of
-from . import triton_kernels as kernels
+from . import triton_backward, triton_forward
 
 
 def _constants(size: Sizes) -> dict[str, object]:
@@ -34,7 +34,7 @@ def forward(
     )
     found = sample_config(size, save)
     launch(
-        kernels.concept_sample,
+        triton_forward.concept_sample,
         (N * cdiv(C, found["CB"]),),
         z.device,
         *size.view.strided,
@@ -89,7 +89,7 @@ def backward(
         K0, K1 = numbers(N * C), numbers(N * C * p)
         found = size.config("concept_modulate")
         launch(
-            kernels.attention_sums,
+            triton_backward.attention_sums,
             (N * cdiv(C, found["CB"]),),
             z.device,
             *size.view.strided,
@@ -105,9 +105,8 @@ def backward(
             **options(found),
         )
     dr, constant, rdr = numbers(N * C * p), numbers(N * C * p), numbers(N * C)
-    small = {name: x for name, x in _constants(size).items() if name != "LAST"}
     launch(
-        kernels.sample_gradients,
+        triton_backward.sample_gradients,
         (C,),
         z.device,
         value.contiguous(),
@@ -122,8 +121,7 @@ def backward(
         *to,
         N,
         S,
-        **small,
-        PT2=power_of_two(pt),
+        **size.small_constants,
         SAMPLER=sampler,
         EXTRA=extra,
         BN=rows_at_once(power_of_two(p) * power_of_two(pt), N),
@@ -132,7 +130,7 @@ def backward(
     found = size.config("middle_input_grad")
     chunks = splits_of(found, S)
     launch(
-        kernels.sample_input_grad,
+        triton_backward.sample_input_grad,
         (N * chunks * cdiv(C, found["CB"]),),
         z.device,
         *size.view.strided,

@@ -1,4 +1,7 @@
-"""relu(batch norm + shortcut) in one pass, for inference on CPUs: what the C++ op needs beside its kernel."""
+"""relu(batch norm + shortcut) on CPUs: what the C++ ops need beside their kernels.
+
+``norm_relu`` has given statistics and no gradients, ``batch_norm_relu`` the batch's, and gradients.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ...library import on_load
-from ...maps import empty_map_like
-from ..dispatch import OpOverload, call, check_devices
+from ...maps import acc_dtype, empty_map_like
+from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, needs_grad, present
 
-_op: OpOverload = None
+_given: OpOverload = None
+_batch: OpOverload = None
+_batch_backward: OpOverload = None
 
 
 class NormConstants(NamedTuple):
@@ -36,7 +41,62 @@ def norm_relu(
     Returns:
         A new map in y's dtype and memory format.
     """
-    return call("cpp", _op, y, *norm, shortcut, *shortcut_norm)
+    return call("cpp", _given, y, *norm, shortcut, *shortcut_norm)
+
+
+def batch_norm_relu(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shortcut: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``relu(batch norm(y) + shortcut)`` with the batch's statistics.
+
+    Args:
+        y: (N, channels, *spatial), more than one value a channel; float32, float64 or bfloat16 on the CPU. shortcut: a
+            map like it, in its dtype. weight, bias: (channels), in y's dtype or float32; None: 1 and 0.
+    Returns:
+        (out, mean, var): a new map in y's dtype and memory format; the batch's statistics in float32 (float64 for
+        float64), var with Bessel's correction. No gradient flows into the statistics.
+    """
+    if needs_grad(y, weight, bias, shortcut):
+        return _BatchNormRelu.apply(y, weight, bias, eps, shortcut)
+    return call("cpp", _batch, y, weight, bias, eps, shortcut)[:3]
+
+
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    y, out, weight, bias, mean, var = ctx.saved_tensors
+    dy, dshortcut, dweight, dbias = call_backward(
+        "cpp", _batch_backward, grad, y, out, weight, bias, mean, var, ctx.eps
+    )
+    return dy, present(dweight, weight), present(dbias, bias), None, present(dshortcut, out)
+
+
+class _BatchNormRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Any, weight: Any, bias: Any, eps: float, shortcut: Any) -> Any:
+        out, mean, unbiased_var, var = call("cpp", _batch, y, weight, bias, eps, shortcut)
+        # Without a shortcut, what the ReLU let through can be told from y.
+        ctx.save_for_backward(y, None if shortcut is None else out, weight, bias, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, unbiased_var)
+        ctx.set_materialize_grads(False)
+        return out, mean, unbiased_var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any, *_: Any) -> Any:
+        return _gradients(ctx, grad)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    y, weight, bias, ctx.eps, shortcut = inputs
+    out, mean, unbiased_var, var = output
+    ctx.save_for_backward(y, None if shortcut is None else out, weight, bias, mean, var)
+    ctx.mark_non_differentiable(mean, unbiased_var, var)
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx: Any, grad: Any, *_: Any) -> Any:
+    return _gradients(ctx, grad)
 
 
 def _fake(y: Tensor, *others: Any) -> Tensor:
@@ -44,17 +104,53 @@ def _fake(y: Tensor, *others: Any) -> Tensor:
     return empty_map_like(y)
 
 
-def _no_backward(ctx: Any, grad: Any) -> None:
+def _fake_batch(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shortcut: Tensor | None
+) -> tuple[Tensor, ...]:
+    check_devices("batch_norm_relu", y, weight, bias, shortcut)
+    statistics = (y.new_empty((y.shape[1],), dtype=acc_dtype(y.dtype)) for _ in range(3))
+    return empty_map_like(y), *statistics
+
+
+def _fake_batch_backward(
+    grad_out: Tensor,
+    y: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    check_devices("batch_norm_relu_backward", grad_out, y, out, weight, bias, mean, var)
+    dshortcut = y.new_empty((0,), dtype=acc_dtype(y.dtype)) if out is None else empty_map_like(y)
+    return empty_map_like(y), dshortcut, like_parameter(weight, y), like_parameter(bias, y)
+
+
+def _no_backward(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError("vcr_ops::norm_relu is for inference and has no backward; call the norm and the ReLU")
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "batch_norm_relu: the fused kernels have no double backward; use backend='composite', which is "
+        "differentiable twice"
+    )
 
 
 @on_load
 def _register() -> None:
-    global _op
+    global _given, _batch, _batch_backward
     from torch.utils.flop_counter import register_flop_formula
 
-    torch.library.register_fake("vcr_ops::norm_relu", _fake)
-    torch.library.register_autograd("vcr_ops::norm_relu", _no_backward)
-    # As PyTorch counts the ops that it stands for.
-    register_flop_formula(torch.ops.vcr_ops.norm_relu)(lambda *args, **kwargs: 0)
-    _op = torch.ops.vcr_ops.norm_relu.default
+    library, ops = torch.library, torch.ops.vcr_ops
+    library.register_fake("vcr_ops::norm_relu", _fake)
+    library.register_fake("vcr_ops::batch_norm_relu", _fake_batch)
+    library.register_fake("vcr_ops::batch_norm_relu_backward", _fake_batch_backward)
+    library.register_autograd("vcr_ops::norm_relu", _no_backward)
+    library.register_autograd("vcr_ops::batch_norm_relu", _op_backward, setup_context=_setup_context)
+    library.register_autograd("vcr_ops::batch_norm_relu_backward", _no_double_backward)
+    for op in (ops.norm_relu, ops.batch_norm_relu, ops.batch_norm_relu_backward):
+        register_flop_formula(op)(lambda *args, **kwargs: 0)  # as PyTorch counts the ops that they stand for
+    _given, _batch = ops.norm_relu.default, ops.batch_norm_relu.default
+    _batch_backward = ops.batch_norm_relu_backward.default

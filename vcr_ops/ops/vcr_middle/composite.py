@@ -1,5 +1,7 @@
 """The whole middle's folded algebra in PyTorch ops: batch norm goes into v = s * u and into the modulation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,43 +10,20 @@ from ...maps import acc_dtype, merge_concepts, split_concepts, without_autocast
 from ..concept_modulate.composite import modulate
 from ..concept_reason.composite import concept_reason
 from ..concept_sample.composite import attend
+from .arguments import by_name
 
 
 def vcr_middle(
-    y: Tensor,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_mean: Tensor | None,
-    state_var: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
-    norm: str,
-    norm_eps: float,
-    state_eps: float,
-    sampler: str,
-    edges: str,
-    modulation: str,
-    *,
-    norm_group: Group | None = None,
-    state_group: Group | None = None,
+    *arguments: Any, norm_group: Group | None = None, state_group: Group | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """out, and the statistics used: given, or the batch's (variances unbiased, detached), or None for norm="none".
 
-    norm_group, state_group: the batch is all these processes'.
+    arguments: those of the op, less ``save``. norm_group, state_group: the batch is all these processes'.
     """
+    y, norm_mean, norm_var, state_mean, state_var, learned, norm_eps, state_eps, variant = by_name(arguments)
+    norm, sampler, edges, modulation = variant
     dtype = acc_dtype(y.dtype)
-    C, p = scale_bias.shape
+    C, p = learned.scale_bias.shape
 
     def cast(w: Tensor | None) -> Tensor | None:
         return None if w is None else w.to(dtype)
@@ -75,12 +54,14 @@ def vcr_middle(
                 norm_mean, norm_var = mean.detach().reshape(-1), var.detach().reshape(-1) * (count / (count - 1))
             assert var is not None
             s = torch.rsqrt(var + norm_eps)
-            if norm_weight is not None:
-                s = s * norm_weight.to(dtype).view(C, p)
-            b = x.new_zeros(C, p) if norm_bias is None else norm_bias.to(dtype).view(C, p)
-        h, a = attend(x, last, s, b, value.to(dtype), cast(query), cast(key), cast(logit), sampler)
+            if learned.norm_weight is not None:
+                s = s * learned.norm_weight.to(dtype).view(C, p)
+            b = x.new_zeros(C, p) if learned.norm_bias is None else learned.norm_bias.to(dtype).view(C, p)
+        query, key, logit = cast(learned.query), cast(learned.key), cast(learned.logit)
+        h, a = attend(x, last, s, b, learned.value.to(dtype), query, key, logit, sampler)
+        affine = (learned.state_weight, learned.state_bias)
         state, state_mean, state_var = concept_reason(
-            h, edge, state_mean, state_var, state_weight, state_bias, state_eps, edges, state_group
+            h, learned.edge, state_mean, state_var, *affine, state_eps, edges, state_group
         )
         out = modulate(
             x,
@@ -88,10 +69,10 @@ def vcr_middle(
             s,
             b,
             state,
-            cast(scale_weight),
-            cast(shift_weight),
-            scale_bias.to(dtype),
-            shift_bias.to(dtype),
+            cast(learned.scale_weight),
+            cast(learned.shift_weight),
+            learned.scale_bias.to(dtype),
+            learned.shift_bias.to(dtype),
             a if modulation == "pixel" else None,
         )
         return merge_concepts(out.to(y.dtype), last, y.shape), norm_mean, norm_var, state_mean, state_var

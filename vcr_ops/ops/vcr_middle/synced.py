@@ -20,6 +20,8 @@ from ...library import STEPS, on_load
 from ...maps import acc_dtype, empty_map_like, map_format
 from ..dispatch import check_devices, like_parameter
 from . import composite
+from .arguments import Learned, Variant, by_name, grouped
+from .kept import kept
 
 
 def can_sync(backend: str | None, y: Tensor) -> bool:
@@ -66,28 +68,24 @@ class _Synced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, norm_group: Group | None, state_group: Group | None, *arguments: Any) -> Any:
         ops = _steps(name, arguments[0])
-        y, norm_mean, norm_var = arguments[:3]
-        learned = (*arguments[3:10], *arguments[12:18])
-        state_mean, state_var = arguments[10:12]
-        norm, norm_eps, state_eps, sampler, edges, modulation = arguments[18:]
-        concepts, acc = learned[2].shape[0], acc_dtype(y.dtype)
+        y, norm_mean, norm_var, state_mean, state_var, learned, norm_eps, state_eps, variant = by_name(arguments)
+        concepts, acc = learned.value.shape[0], acc_dtype(y.dtype)
         positions = y.numel() // y.shape[1]
         norm_count = state_count = norm_found = state_found = None
-        if norm == "batch":
+        if variant.norm == "batch":
             norm_found = merged(ops.vcr_middle_stats(y, concepts), positions, norm_group)
-            norm, norm_mean, norm_var = "given", norm_found.mean.to(acc), norm_found.var.to(acc)
-            norm_count = norm_found.number
-        saved, moments = ops.vcr_middle_states(
-            y, norm_mean, norm_var, *learned[:7], *learned[11:], norm, norm_eps, sampler, edges, modulation
-        )
+            norm_mean, norm_var, norm_count = norm_found.mean.to(acc), norm_found.var.to(acc), norm_found.number
+            variant = Variant("given", *variant[1:])
+        options = (variant.norm, norm_eps, *variant[1:])
+        saved, moments = ops.vcr_middle_states(y, norm_mean, norm_var, *learned[:7], *learned[11:], *options)
         if state_mean is None:
             state_found = merged(moments, y.shape[0] * concepts, state_group)
             state_mean, state_var, state_count = state_found
+        assert state_var is not None
         state_norm = torch.stack((state_mean.double(), torch.rsqrt(state_var.double() + state_eps)))
-        variant = (norm, sampler, edges, modulation)
         out, late = ops.vcr_middle_modulate(y, *learned, saved, state_norm, *variant)
         ctx.save_for_backward(y, *learned, saved, late, state_norm, norm_count, state_count)
-        ctx.groups, ctx.variant, ctx.backend = (norm_group, state_group), variant, name
+        ctx.groups, ctx.variant, ctx.backend = (norm_group, state_group), tuple(variant), name
         statistics = [
             x for found in (norm_found, state_found) for x in ((None, None) if found is None else _reported(found))
         ]
@@ -97,57 +95,34 @@ class _Synced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         y, *learned, saved, late, state_norm, norm_count, state_count = ctx.saved_tensors
-        (norm_group, state_group), variant, kept = ctx.groups, ctx.variant, (saved, late)
+        (norm_group, state_group), variant = ctx.groups, ctx.variant
         ops = _steps(ctx.backend, y)
-        summed, state_sums, dscale_weight, dshift_weight, dscale_bias, dshift_bias = ops.vcr_middle_backward_sums(
-            grads[0], y, *learned, *kept, state_norm, *variant
+        summed, state_sums, *of_modulator = ops.vcr_middle_backward_sums(
+            grads[0], y, *learned, saved, late, state_norm, *variant
         )
         shares = torch.zeros_like(state_sums)
         if state_count is not None:
             shares = total(state_sums, state_group) / state_count
-        attended, norm_sums, dnorm_weight, dnorm_bias, dvalue, dquery, dkey, dlogit, dedge = (
-            ops.vcr_middle_backward_states(y, *learned, *kept, state_norm, summed, shares, *variant)
+        attended, norm_sums, *earlier = ops.vcr_middle_backward_states(
+            y, *learned, saved, late, state_norm, summed, shares, *variant
         )
         norm_shares = None
         if norm_count is not None:
             norm_shares = (total(norm_sums.double(), norm_group) / norm_count).to(norm_sums.dtype)
-        dy = ops.vcr_middle_backward_input(grads[0], y, *learned, *kept, summed, attended, norm_shares, *variant)
-        norm_weight, norm_bias, _, query, key, logit, edge, weight, bias, scale_weight, shift_weight, _, _ = learned
-        return (
-            *(None, None, None, dy, None, None),
-            None if norm_weight is None else dnorm_weight,
-            None if norm_bias is None else dnorm_bias,
-            dvalue,
-            None if query is None else dquery,
-            None if key is None else dkey,
-            None if logit is None else dlogit,
-            None if edge is None else dedge,
-            *(None, None),
-            None if weight is None else state_sums[1].to(weight.dtype),
-            None if bias is None else state_sums[0].to(bias.dtype),
-            None if scale_weight is None else dscale_weight,
-            None if shift_weight is None else dshift_weight,
-            dscale_bias,
-            dshift_bias,
-            *(None,) * 6,
-        )
+        dy = ops.vcr_middle_backward_input(grads[0], y, *learned, saved, late, summed, attended, norm_shares, *variant)
+        of_state_norm = (state_sums[1], state_sums[0])
+        found = [
+            None if w is None else gradient.to(w.dtype)
+            for w, gradient in zip(learned, (*earlier, *of_state_norm, *of_modulator), strict=True)
+        ]
+        return *(None, None, None), dy, None, None, *found[:7], None, None, *found[7:], *(None,) * 6
 
 
 def _reported(found: Any) -> tuple[Tensor, Tensor]:
     return found.mean, found.unbiased()
 
 
-# What compilers need to know of the ops. Between the steps each backend keeps what it needs: the C++ kernels on CPU
-# tensors, Triton's on a GPU's (triton_steps.py).
-
-
-def _sizes(y: Tensor, value: Tensor) -> tuple[Any, Any, Any, Any, Any]:
-    concepts, p, pt = value.shape
-    return y.shape[0], concepts, p, pt, acc_dtype(y.dtype)
-
-
-def _late_size(n: Any, concepts: Any, p: Any, pt: Any) -> Any:
-    return 2 * n * concepts * p + n * concepts * pt
+# What compilers need to know of the ops.
 
 
 def _fake_stats(y: Tensor, concepts: int) -> Tensor:
@@ -156,42 +131,34 @@ def _fake_stats(y: Tensor, concepts: int) -> Tensor:
 
 def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
     check_devices("vcr_middle_states", *arguments[:12])
-    y = arguments[0]
-    n, concepts, p, pt, acc = _sizes(y, arguments[5])
-    channels = concepts * p
-    size = 3 * channels + 3 * n * channels + 3 * n * concepts * pt + 3 * n * concepts
-    size += n * channels * pt + n * concepts * concepts + 2 * pt
-    if y.device.type == "cuda":
-        size += _late_size(n, concepts, p, pt)
-    return y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
+    y, value, modulation = arguments[0], arguments[5], arguments[-1]
+    size = kept(y, value.shape, modulation).saved
+    return y.new_empty((size,), dtype=acc_dtype(y.dtype)), y.new_empty((2, value.shape[2]), dtype=torch.float64)
 
 
-def _fake_modulate(*arguments: Any) -> tuple[Tensor, ...]:
-    check_devices("vcr_middle_modulate", *arguments[:16])
-    y = arguments[0]
-    n, concepts, p, pt, acc = _sizes(y, arguments[3])
-    if y.device.type == "cuda":
-        return empty_map_like(y), torch.empty_like(arguments[14])
-    return empty_map_like(y), y.new_empty((_late_size(n, concepts, p, pt),), dtype=acc)
+@grouped
+def _fake_modulate(
+    y: Tensor, learned: Learned, saved: Tensor, state_norm: Tensor, variant: Variant
+) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_modulate", y, *learned, saved, state_norm)
+    size = kept(y, learned.value.shape, variant.modulation).late
+    return empty_map_like(y), y.new_empty((size,), dtype=acc_dtype(y.dtype))
 
 
-def _fake_sums(*arguments: Any) -> tuple[Tensor, ...]:
-    check_devices("vcr_middle_backward_sums", *arguments[:18])
-    y, learned = arguments[1], arguments[2:15]
-    n, concepts, p, pt, acc = _sizes(y, learned[2])
-    channels = concepts * p
-    size = 5 * n * channels + n * concepts + n * concepts * pt + 2 * channels
-    if y.device.type == "cuda":
-        maps, more = (6, 3) if arguments[-1] == "pixel" else (2, 0)
-        size = n * (maps * channels + more * concepts) + n * concepts * (pt + 1)
-    sums = y.new_empty((size,), dtype=acc), y.new_empty((2, pt), dtype=torch.float64)
-    return *sums, *(like_parameter(w, y) for w in learned[9:])
+@grouped
+def _fake_sums(
+    grad_out: Tensor, y: Tensor, learned: Learned, saved: Tensor, late: Tensor, state_norm: Tensor, variant: Variant
+) -> tuple[Tensor, ...]:
+    check_devices("vcr_middle_backward_sums", grad_out, y, *learned, saved, late, state_norm)
+    size = kept(y, learned.value.shape, variant.modulation).summed
+    moments = y.new_empty((2, learned.value.shape[2]), dtype=torch.float64)
+    return y.new_empty((size,), dtype=acc_dtype(y.dtype)), moments, *(like_parameter(w, y) for w in learned[9:])
 
 
 def _fake_backward_states(*arguments: Any) -> tuple[Tensor, ...]:
     check_devices("vcr_middle_backward_states", *arguments[:19])
     y, learned = arguments[0], arguments[1:14]
-    n, concepts, p, _, acc = _sizes(y, learned[2])
+    n, (concepts, p, _), acc = y.shape[0], learned[2].shape, acc_dtype(y.dtype)
     channels = concepts * p
     attended = y.new_empty((2 * n * channels + n * concepts,), dtype=acc)
     return attended, y.new_empty((2, channels), dtype=acc), *(like_parameter(w, y) for w in learned[:7])

@@ -29,7 +29,7 @@ from ..concept_modulate.triton_kernels import (
     store_sums,
 )
 from ..concept_reason.triton_kernels import reasoner_backward, store_state_sums
-from ..concept_sample.triton_kernels import sampler_backward
+from ..concept_sample.triton_backward import sampler_backward
 from .triton_input_grad import gradients_size
 from .triton_saved import (
     covariance_of,

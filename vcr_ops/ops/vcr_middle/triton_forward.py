@@ -37,7 +37,7 @@ from ..concept_reason.triton_kernels import (
     store_state_norm,
     store_state_part,
 )
-from ..concept_sample.triton_kernels import (
+from ..concept_sample.triton_forward import (
     attend,
     attend_tile,
     finish_attention,

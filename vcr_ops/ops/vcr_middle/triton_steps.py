@@ -1,4 +1,4 @@
-"""The steps of a synchronised middle (``synced.py``) on Triton: the launches of ``triton.py`` one by one, so that the
+"""The steps of a synchronised middle (``synced.py``) on Triton: the op's own launches one by one, so that the
 processes can tell each other in between what they found.
 
 ``saved`` is what the whole op keeps; ``late`` is a copy of it that ``vcr_middle_modulate`` completes. Where the kernels
@@ -6,29 +6,25 @@ expect the sums of their own batch, they get one row that stands for everybody's
 more than in the whole op, for their images' means.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...maps import acc_dtype, empty_map_like, positions
 from ...triton_common.sizes import Sizes, cdiv, sizes_of
 from ..dispatch import like_parameter
-from .triton import (
+from .arguments import Learned, Variant, grouped
+from .kept import kept_by_triton, merged_size
+from .triton_backward_launches import (
     Attended,
-    Stats,
-    channel_statistics,
     gradient_numbers,
     input_gradient,
-    merged_numbers,
-    modulate,
-    reason,
-    sample,
-    sampling_of,
-    saved_size,
     small_gradients,
     state_norm_gradient,
-    state_rows,
     sums_of,
 )
+from .triton_forward_launches import Stats, channel_statistics, modulate, reason, sample, sampling_of, state_rows
 
 
 def _moments(parts: Tensor, counts: Tensor) -> Tensor:
@@ -58,155 +54,88 @@ def vcr_middle_stats(y: Tensor, concepts: int) -> Tensor:
 
 
 def vcr_middle_states(
-    y: Tensor,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
-    norm: str,
-    norm_eps: float,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    y: Tensor, norm_mean: Tensor | None, norm_var: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """(saved, moments of G's columns (2, pt) float64); 1R, or 2R."""
-    size = sizes_of(y, value.shape)
-    saved = y.new_empty((saved_size(*size[:4], True),), dtype=acc_dtype(y.dtype))
+    """(saved, moments of G's columns (2, pt) float64); 1R, or 2R. It takes no weights of the states' norm or later."""
+    *earlier, scale_bias, shift_bias, norm, norm_eps, sampler, edges, modulation = arguments
+    parameters = [*earlier, *[None] * 4, scale_bias, shift_bias]
+    learned, variant = Learned(*parameters), Variant(norm, sampler, edges, modulation)
+    size = sizes_of(y, learned.value.shape)
+    saved = y.new_empty((kept_by_triton(*size[:4], variant.modulation).saved,), dtype=acc_dtype(y.dtype))
     if size.N == 0:
         return saved.zero_(), y.new_zeros((2, size.pt), dtype=torch.float64)
-    sampling = sampling_of(y, size, norm, sampler, True)
+    sampling = sampling_of(y, size, variant, True)
     stats = channel_statistics(y, size) if sampling.needs_means else Stats(None, None, 0, 1, 1)
-    given = (norm_mean, norm_var, norm_weight, norm_bias)
-    weights = (value, query, key, logit)
-    sample(y, size, sampling, stats, *given, *weights, saved, None, None, norm, norm_eps, sampler, True)
-    parts = reason(y, size, sampling, value, norm_bias, edge, saved, norm, sampler, edges, True)
+    sample(y, size, sampling, stats, norm_mean, norm_var, learned, saved, None, None, variant, norm_eps, True)
+    parts = reason(y, size, sampling, learned, saved, variant, True)
     rows, per_row = state_rows(size)
     images = (size.N - torch.arange(rows, device=y.device) * per_row).clamp_max(per_row)
     return saved, _moments(parts.view(rows, 2, size.pt), images * size.C)
 
 
+@grouped
 def vcr_middle_modulate(
     y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     state_norm: Tensor,
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    variant: Variant,
 ) -> tuple[Tensor, Tensor]:
     """(out, late); 1R + 1W. state_norm (2, pt) float64: mean and 1 / sqrt(var + eps)."""
-    size = sizes_of(y, value.shape)
+    size = sizes_of(y, learned.value.shape)
     out, late = empty_map_like(y), saved.clone()
     if size.N > 0:
         mean, rstd = state_norm
-        states = (mean, rstd.pow(-2), state_weight, state_bias)
-        projections = (scale_weight, shift_weight, scale_bias, shift_bias)
         parts = y.new_empty((0,), dtype=torch.float64)  # G is there; its statistics are given
-        modulate(
-            y,
-            out,
-            size,
-            norm_bias,
-            edge,
-            *states,
-            *projections,
-            late,
-            parts,
-            None,
-            None,
-            norm,
-            0.0,
-            edges,
-            modulation,
-            True,
-        )
+        modulate(y, out, size, mean, rstd.pow(-2), learned, late, parts, None, None, variant, 0.0, True)
     return out, late
 
 
 def _summed(size: Sizes, summed: Tensor, modulation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(merged, dstate, first) in ``summed``; the last are int32."""
     states, concepts = size.N * size.C * size.pt, size.N * size.C
-    merged, dstate, first = summed.split((merged_numbers(size, modulation), states, concepts))
+    merged, dstate, first = summed.split((merged_size(*size[:3], modulation), states, concepts))
     return merged, dstate, first.view(torch.int32).narrow(0, 0, concepts)
 
 
-def summed_numbers(size: Sizes, modulation: str) -> int:
-    """Numbers of the first result of ``vcr_middle_backward_sums``."""
-    return merged_numbers(size, modulation) + size.N * size.C * (size.pt + 1)
-
-
+@grouped
 def vcr_middle_backward_sums(
     grad_out: Tensor,
     y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     late: Tensor,
     state_norm: Tensor,
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    variant: Variant,
 ) -> tuple[Tensor, ...]:
     """(summed, the two sums of the states' norm (2, pt) float64, gradients of the modulator's four parameters); 2R."""
-    size = sizes_of(y, value.shape)
+    size = sizes_of(y, learned.value.shape)
     N, C, p, pt, _ = size[:5]
-    learned = (scale_weight, shift_weight, scale_bias, shift_bias)
-    summed = late.new_empty((summed_numbers(size, modulation),))
+    modulators = learned[9:]  # scale_weight to shift_bias
+    summed = late.new_empty((kept_by_triton(N, C, p, pt, variant.modulation).summed,))
     if N == 0:
-        zeros = (like_parameter(w, y).zero_() for w in learned)
+        zeros = (like_parameter(w, y).zero_() for w in modulators)
         return summed, y.new_zeros((2, pt), dtype=torch.float64), *zeros
-    merged, dstate, first = _summed(size, summed, modulation)
-    sums = sums_of(grad_out, y, size, norm_bias, *learned, late, norm, modulation, merged, first, dstate)
+    merged, dstate, first = _summed(size, summed, variant.modulation)
+    sums = sums_of(grad_out, y, size, learned, late, variant, merged, first, dstate)
     means, dstates, products = sums.dstate_parts.view(N, 3, pt).unbind(1)
     mean, rstd = state_norm
     dbias = dstates.sum(0)
     state_sums = torch.stack((dbias, (products.sum(0) - mean * dbias) * rstd))
     # of the modulator's parameters: z = s yhat + b
-    maps = 4 if modulation == "pixel" else 2
+    maps = 4 if variant.modulation == "pixel" else 2
     E0, E1, *F = merged.narrow(0, 0, maps * N * C * p).view(maps, N, C, p).unbind(0)
     F0, F1 = F or (E0, E1)
-    s, b = _norm_of(size, late, norm, norm_bias)
+    s, b = _norm_of(size, late, variant.norm, learned.norm_bias)
     channels, states = C * p, N * C * pt
     state = late.narrow(0, (3 + 5 * N) * channels + 3 * states, states).view(N, C, pt)
     gradients = (
-        None if scale_weight is None else torch.einsum("nck,ncj->ckj", state, s * F1 + b * F0),
-        None if shift_weight is None else torch.einsum("nck,ncj->ckj", state, F0),
+        None if learned.scale_weight is None else torch.einsum("nck,ncj->ckj", state, s * F1 + b * F0),
+        None if learned.shift_weight is None else torch.einsum("nck,ncj->ckj", state, F0),
         (s * E1 + b * E0).sum(0),
         E0.sum(0),
     )
-    return summed, state_sums, *(_as(g, w, y) for g, w in zip(gradients, learned, strict=True))
+    return summed, state_sums, *(_as(g, w, y) for g, w in zip(gradients, modulators, strict=True))
 
 
 def _as(gradient: Tensor | None, parameter: Tensor | None, y: Tensor) -> Tensor:
@@ -225,105 +154,74 @@ def _norm_of(size: Sizes, saved: Tensor, norm: str, norm_bias: Tensor | None) ->
     return saved.narrow(0, 2 * channels, channels).view(shape), b
 
 
+@grouped
 def vcr_middle_backward_states(
     y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     late: Tensor,
     state_norm: Tensor,
     summed: Tensor,
     state_shares: Tensor,
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    variant: Variant,
 ) -> tuple[Tensor, ...]:
     """(attended, the norm's two sums (2, C*p), dnorm_weight, dnorm_bias, dvalue, dquery, dkey, dlogit, dedge).
 
     state_shares: everybody's sums of the states' norm over their number.
     """
-    size = sizes_of(y, value.shape)
+    size = sizes_of(y, learned.value.shape)
     N, C, p, pt, _ = size[:5]
     channels = C * p
-    learned = (norm_weight, norm_bias, value, query, key, logit, edge)
+    earlier = learned[:7]  # norm_weight to edge
     attended = late.new_empty((2 * N * channels + N * C,))
     if N == 0:
-        return attended, late.new_zeros((2, channels)), *(like_parameter(w, y).zero_() for w in learned)
-    merged, dstate, _ = _summed(size, summed, modulation)
+        return attended, late.new_zeros((2, channels)), *(like_parameter(w, y).zero_() for w in earlier)
+    merged, dstate, _ = _summed(size, summed, variant.modulation)
     mean, rstd = state_norm
     sum0, sum1 = state_shares * (N * C)
     row = torch.stack((mean * N, sum0, sum1 / rstd + mean * sum0))
     parts = torch.cat((row.view(-1), row.new_zeros(3 * (N - 1) * pt)))
     high = rstd.to(late.dtype)
     norm_from = torch.cat((high, (rstd - high.double()).to(late.dtype)))
-    dg = state_norm_gradient(size, dstate, parts, state_weight, late, norm_from, None, None, True)
+    dg = state_norm_gradient(size, dstate, parts, learned.state_weight, late, norm_from, None, None, True)
     to = Attended(*attended.split((N * channels, N * channels, N * C)))
-    given = scale_weight is not None, shift_weight is not None
-    variant = (norm, sampler, edges, modulation)
-    weights = (value, query, key, edge, scale_bias)
-    partial, groups = small_gradients(size, norm_bias, *weights, late, merged, dg, to, *variant, *given)
+    partial, groups = small_gradients(size, learned, late, merged, dg, to, variant)
     sums = partial.view(groups, -1).sum(0)
     weight = channels * pt
-    edge_numbers = gradient_numbers(size, edges) - 5 * (weight + channels)
+    edge_numbers = gradient_numbers(size, variant.edges) - 5 * (weight + channels)
     numbers = sums.split([*[weight] * 5, *[channels] * 5, edge_numbers])
     dvalue, dquery, dkey, _, _, dlogit, _, _, ds, db, dedge = numbers
     gradients = (ds * late.narrow(0, channels, channels), db, dvalue, dquery, dkey, dlogit, dedge)
-    return attended, torch.stack((ds, db)), *(_as(g, w, y) for g, w in zip(gradients, learned, strict=True))
+    return attended, torch.stack((ds, db)), *(_as(g, w, y) for g, w in zip(gradients, earlier, strict=True))
 
 
+@grouped
 def vcr_middle_backward_input(
     grad_out: Tensor,
     y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    logit: Tensor | None,
-    edge: Tensor | None,
-    state_weight: Tensor | None,
-    state_bias: Tensor | None,
-    scale_weight: Tensor | None,
-    shift_weight: Tensor | None,
-    scale_bias: Tensor,
-    shift_bias: Tensor,
+    learned: Learned,
     saved: Tensor,
     late: Tensor,
     summed: Tensor,
     attended: Tensor,
     norm_shares: Tensor | None,
-    norm: str,
-    sampler: str,
-    edges: str,
-    modulation: str,
+    variant: Variant,
 ) -> Tensor:
     """dy; 2R + 1W. norm_shares: everybody's sums of the norm over their number; None: its statistics are constants."""
-    size = sizes_of(y, value.shape)
+    size = sizes_of(y, learned.value.shape)
     dy = empty_map_like(y)
     if size.N == 0:
         return dy
-    merged, _, first = _summed(size, summed, modulation)
+    merged, _, first = _summed(size, summed, variant.modulation)
     channels = size.C * size.p
     to = Attended(*attended.split((size.N * channels, size.N * channels, size.N * size.C)))
-    partial = late.new_zeros(gradient_numbers(size, edges))
+    partial = late.new_zeros(gradient_numbers(size, variant.edges))
     if norm_shares is not None:  # the last two of the vectors; see small_gradients
         before, edge_numbers = (5 * size.pt + 3) * channels, partial.numel() - 5 * (size.pt + 1) * channels
         sums = norm_shares.reshape(-1) * (size.N * positions(y))
         partial = torch.cat((partial.narrow(0, 0, before), sums, partial.narrow(0, 0, edge_numbers)))
-        norm = "batch"
-    nowhere: list[Tensor | None] = [None] * 13
-    arguments = (size, norm_bias, scale_bias, shift_bias, late, merged, first, to, partial, 1, nowhere)
-    input_gradient(grad_out, y, dy, *arguments, norm, sampler, edges, modulation)
+        variant = variant._replace(norm="batch")
+    nothing: Any = [None] * len(learned)  # the parameters' gradients are there
+    nowhere = Learned(*nothing)
+    input_gradient(grad_out, y, dy, size, learned, late, merged, first, to, partial, 1, nowhere, variant)
     return dy
