@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
-from ..backend import check_backend
+from ..backend import INTERPRETED, check_backend
 from ..collectives import Group
 from ..ops.vcr_middle.op import vcr_middle
 from ..ops.vcr_middle.synced import can_sync, vcr_middle_synced
@@ -118,6 +118,8 @@ def run_middle(
             check_dims("y", y, norm_bn)
         n, numel = y.shape[0], y.numel()
         checked = numel > 0 and (n > 1 or (numel != y.shape[1] and sampler.concepts != 1))
+        if checked and (INTERPRETED or not y.is_cpu):  # Triton's launchers refuse nothing
+            checked = y.dtype in checks.FEATURE_DTYPES and y.shape[1] == sampler.channels
     norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
     arguments = (
         y,
