@@ -77,7 +77,7 @@ def pass_times() -> list[float]:
     try:
         times = torch.ops.vcr_ops.pass_times()
     except AttributeError as error:
-        raise RuntimeError("the op library has no pass_times: build it anew with `make build`") from error
+        raise RuntimeError("the op library has no pass_times: build it anew with `./dev build`") from error
     if times.numel() != len(PASSES):
         raise RuntimeError(f"pass_times has {times.numel()} numbers, expected one for each of {len(PASSES)} passes")
     return times.tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vcr_ops
-from tests.small import BACKENDS, VARIANTS, assert_same, block, feature_map, middle, results
+from tests.small import BACKENDS, VARIANTS, assert_same, block, enliven, feature_map, middle, results
 
 
 def autocast(module: nn.Module, y: Tensor) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
@@ -67,11 +67,18 @@ def test_single_modules_and_hooks(backend: str, modulation: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_norm_that_is_called(backend: str) -> None:
-    m = middle(backend)
-    m.bn = nn.GroupNorm(3, 12)
+    """The rest gives to the bit what it gives without autocast on what the norm made, in the type that it has."""
+    m, y = middle(backend), feature_map(2, 12, 4, 5)
+    m.bn = enliven(nn.GroupNorm(3, 12))
+    exact = m(y).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = m(feature_map(2, 12, 4, 5).bfloat16())
-    assert out.dtype in (torch.bfloat16, torch.float32)
+        z = m.bn(y.bfloat16())
+        out = m(y.bfloat16())
+    m.bn = nn.Identity()
+    expected = m(z)
+    assert out.dtype == z.dtype
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.03 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,6 +21,7 @@ from benchmarks.bandwidth import PASSES, copy_of, floor_bytes, floor_maps
 from benchmarks.cases import CONCEPTS, Case, expand, inputs_for
 from benchmarks.correctness import DRAWS, KINK, Error, Verdict, _Arguments, _draw, check
 from benchmarks.measure import Row, count, run_case
+from benchmarks.passes import pass_times
 from benchmarks.photographs import NAMES, image_batch, photographs
 from benchmarks.providers import PROVIDERS, Provider, Workload
 from benchmarks.timing import Samples, interleave
@@ -197,6 +198,12 @@ def test_copy_moves_the_given_bytes(maps, memory_format):
     with Count():
         copy()
     assert sum(moved) == maps * y.numel() * 4
+
+
+def test_a_library_without_a_clock_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(torch.ops, "vcr_ops", object())
+    with pytest.raises(RuntimeError, match=r"has no pass_times: build it anew with `\./dev build`"):
+        pass_times()
 
 
 def test_passes_are_nine_in_training_and_three_in_evaluation():

@@ -332,12 +332,13 @@ def test_measured_networks_are_beside_the_plain_one():
         [vcr], modes=["train", "eval"], layouts=["channels_last"], batch=2, seconds=0, min_rounds=2, image_size=64
     )
     assert [(row.name, row.mode) for row in found] == [(n, m) for m in ("train", "eval") for n in names[:2]]
+    plain = {row.mode: row.median_ms for row in found if row.system == "resnext"}
     for row in found:
         assert row.reason is None
         assert row.q1_ms <= row.median_ms <= row.q3_ms
         assert row.rounds == 2
         assert row.peak_mb > 0
-        assert row.ratio_plain == (1 if row.system == "resnext" else pytest.approx(row.ratio_plain))
+        assert row.ratio_plain == pytest.approx(plain[row.mode] / row.median_ms)
     shown = tables.measured_table(found)
     assert "training step, N=2, float32, channels_last" in shown
     assert "sampler: pool" in shown
