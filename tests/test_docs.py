@@ -1,6 +1,8 @@
 """The examples in the documentation run, one after another in each file."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,24 +10,55 @@ import torch
 
 import vcr_ops
 
+from .packages import imported
 from .resnexts import resnet
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = {"vcr_ops.viz": "vcr_ops.viz.__main__", "benchmarks": "benchmarks.__main__"}
 
 
-def run(file: Path, **names: object) -> int:
-    """Runs a file's examples in one namespace; returns how many there were."""
+def run(file: Path, commands: bool = False, **names: object) -> int:
+    """Runs a file's examples in one namespace, where asked its commands, too; returns how many there were."""
     found = EXAMPLE.findall(file.read_text(encoding="utf-8"))
-    for number, source in enumerate(found):
-        exec(compile(source, f"{file.name}, example {number + 1}", "exec"), names)
+    if not commands:
+        found = [(kind, source) for kind, source in found if kind == "python"]
+    for number, (kind, source) in enumerate(found):
+        if kind == "python":
+            if "import timm" in source and not has_timm():
+                continue
+            exec(compile(source, f"{file.name}, example {number + 1}", "exec"), names)
+        else:
+            for line in source.splitlines():
+                command(line)
     return len(found)
 
 
+def has_timm() -> bool:
+    try:
+        imported("timm")
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def command(line: str) -> None:
+    """Runs ``python -m MODULE ...``, in this process: to start another takes longer than the examples."""
+    python, option, module, *arguments = shlex.split(line)
+    assert (python, option) == ("python", "-m"), line
+    assert importlib.import_module(COMMANDS[module]).main(arguments) == 0, line
+
+
 def test_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("matplotlib", "PIL", "sklearn", "skimage"):
+        pytest.importorskip(package)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    assert run(ROOT / "docs/guide.md") == 5
+    importlib.import_module("PIL.Image").new("RGB", (80, 64), "teal").save("a.jpg")
+    assert run(ROOT / "docs/guide.md", commands=True, trained=resnet("torchvision")) == 13
+    assert {"index.html", "layer3-0-attention-0.png"} <= {file.name for file in Path("pictures").iterdir()}
+    assert Path("tables.json").stat().st_size > 1000
+    assert Path("benchmarks/out/train/results.json").stat().st_size > 1000
 
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
