@@ -1,5 +1,7 @@
 """What ptxas says of every kernel, as a table: `python ptxas_table.py LOG...`, logs of `nvcc -Xptxas -v`.
 
+Shared memory isn't in it: it is sized at launch, and `launch_test --shared` has the table of it.
+
 Exits with 1 where a register is spilled, or where a log names no kernel.
 """
 
@@ -10,7 +12,7 @@ import sys
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>sm_\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"Used (?P<registers>\d+) registers",
     re.S,
 )
 
@@ -31,17 +33,16 @@ def main(logs: list[str]) -> int:
         ).stdout.splitlines()
         for match, name in zip(found, names, strict=True):
             kernel = re.sub(r"^.*?run_kernel<(.*?)>\(.*$", r"\1", name).replace("vcr::cuda::", "").replace("vcr::", "")
-            shared = re.search(r"(\d+) bytes smem", match["rest"])
             bad = int(match["stores"]) + int(match["loads"]) > 0
             spilled += bad
             rows[kernel, match["arch"]] = (
                 f"{kernel:36} {match['arch']:7} {match['registers']:>9} {match['stores']:>6}/{match['loads']:<6} "
-                f"{match['stack']:>5} {shared[1] if shared else '0':>6}{'  SPILLS' if bad else ''}"
+                f"{match['stack']:>5}{'  SPILLS' if bad else ''}"
             )
-    print(f"{'kernel':36} {'for':7} {'registers':>9} {'spills':>6} {'stack':>11} {'shared':>6}")
+    print(f"{'kernel':36} {'for':7} {'registers':>9} {'spills':>6} {'stack':>11}")
     for key in sorted(rows):
         print(rows[key])
-    print(f"{len(rows)} kernels, {spilled} of them spill (shared memory is sized at launch: see launch_test --shared)")
+    print(f"{len(rows)} kernels, {spilled} of them spill")
     return int(spilled > 0)
 
 
