@@ -108,6 +108,31 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.cuda
+def test_too_wide_a_concept_is_refused() -> None:
+    """In words, before anything is launched, in both directions; and what the words advise helps."""
+    said = r"more channels than the shared memory of cuda:0 has room for; take more concepts, or backend='triton' or"
+    z, state = feature_map(1, 12000, 1, 1), torch.ones(1, 1, 1)
+    ones = torch.ones(1, 12000)
+
+    def modulate(z: torch.Tensor, concepts: int, backend: str) -> torch.Tensor:
+        of_each = ones.view(concepts, -1)
+        return vcr_ops.concept_modulate(z, state.expand(1, concepts, 1), of_each, of_each, backend=backend)
+
+    with pytest.raises(RuntimeError, match=said):
+        modulate(z, 1, "cuda")
+    with pytest.raises(RuntimeError, match=said):
+        vcr_ops.concept_sample(z, torch.ones(1, 12000, 1), sampler="pool", backend="cuda")
+    for concepts, helps in ((1, "composite"), (6, "cuda")):
+        assert torch.equal(modulate(z, concepts, helps), torch.relu(z + 1))
+    # the gradient takes more room
+    z = feature_map(1, 5000, 1, 1).requires_grad_()
+    ones = torch.ones(1, 5000)
+    out = modulate(z, 1, "cuda")
+    with pytest.raises(RuntimeError, match=said):
+        out.sum().backward()
+
+
 def test_on_meta_and_fake_tensors_it_needs_no_gpu() -> None:
     m = middle("cuda").to("meta")
     out = m(torch.empty(2, 12, 3, 3, device="meta", requires_grad=True))

@@ -32,12 +32,9 @@ void* current_stream(int32_t device) {
 
 void check(const cuda::Status& status, int32_t device) {
   if (status.ok()) return;
-  const std::string where = "cuda:" + std::to_string(device);
-  if (status.too_wide)
-    throw std::runtime_error("vcr_ops: a concept has more channels than the shared memory of " + where +
-                             " has room for; take more concepts, or backend='triton' or 'composite'");
+  if (status.too_wide) throw std::runtime_error(too_wide_on(device));
   const std::string name = cuda::error_name(status.error);
-  std::string text = "vcr_ops: on " + where + ": " + name + ", " + cuda::error_text(status.error);
+  std::string text = "vcr_ops: on cuda:" + std::to_string(device) + ": " + name + ", " + cuda::error_text(status.error);
   if (name == "cudaErrorNoKernelImageForDevice" || name == "cudaErrorInvalidDeviceFunction" || name == "cudaErrorUnsupportedPtxVersion")
     text += "; this library is built for " VCR_CUDA_ARCHS ": build it with this GPU's architecture in TORCH_CUDA_ARCH_LIST";
   throw std::runtime_error(text);

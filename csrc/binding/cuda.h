@@ -15,6 +15,12 @@
 
 namespace vcr {
 
+// What is said of a Status that is too_wide.
+inline std::string too_wide_on(int32_t device) {
+  return "vcr_ops: a concept has more channels than the shared memory of cuda:" + std::to_string(device) +
+         " has room for; take more concepts, or backend='triton' or 'composite'";
+}
+
 // cuda.cpp has these four; a test has others, which run the kernels on the host.
 bool is_there(const Tensor& t);  // where the kernels run
 // Makes a device the current one until the guard goes.

@@ -17,6 +17,8 @@ struct HostRunner {
   vcr::cuda::Device device;
   simt::Settings settings;
   vcr::cuda::Status status{};
+  bool may_refuse = false;  // what is too wide, and `refusal` says so; else the process ends
+  vcr::cuda::Status refusal{};
   std::vector<Launched> launched;  // by the last op
 
   template <class K>
