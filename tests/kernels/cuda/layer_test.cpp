@@ -198,6 +198,14 @@ int run_fault(const std::string& name) {
     });
   else if (name == "grid")  // blocks that aren't all there at once
     simt::launch(2, threads, 0, 1, {}, [] { HostThread().grid_sync(); });
+  else if (name == "ended")  // a block reads what another may have taken with it
+    simt::launch(2, threads, threads * 4, 2, {Order::by_block, Order::forward, 1}, [&] {
+      const HostThread t;
+      int* mine = reinterpret_cast<int*>(t.shared());
+      mine[t.index()] = t.index();
+      t.cluster_sync();
+      if (t.index() == 0) value += t.peer(mine, 0)[threads - 1];
+    });
   else if (name == "blocks")  // a sum over blocks that nothing orders
     simt::launch(2, threads, 0, 1, {}, [&] {
       const HostThread t;

@@ -98,6 +98,7 @@ mode_plain() {
   stopped cuda-plain divergent 'different barriers'
   stopped cuda-plain deadlock 'wait for ever'
   stopped cuda-plain grid "aren't there at once"
+  stopped cuda-plain ended 'a block that has ended'
 }
 mode_asan() {
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}

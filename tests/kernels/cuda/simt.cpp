@@ -394,6 +394,7 @@ void wait_for_grid(const char* file, int line) {
 unsigned char* peer_of(const void* shared, int rank) {
   const unsigned char *mine = self.running->block->shared(), *at = static_cast<const unsigned char*>(shared);
   if (at < mine || at > mine + self.shared || rank < 0 || rank >= blocks_of_cluster()) fail("a peer's memory that is not shared memory");
+  if (self.fault == Fault::none && self.at_once[size_t(rank)]->barrier.expected == 0) fail("the shared memory of a block that has ended");
   return self.at_once[size_t(rank)]->shared() + (at - mine);
 }
 
