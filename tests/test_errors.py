@@ -310,6 +310,7 @@ def one(stride: int = 1, **options: Any) -> nn.Module:
 SINGLES: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
     (one, (1, 16, 1, 1), "x has N*S = 1 value per channel at bn1, (1, 16, 1, 1)"),
     (lambda: one(2), (1, 16, 2, 1), "x has N*S = 1 value per channel at bn2, (1, 16, 2, 1)"),
+    (lambda: one(4), (1, 16, 4, 4), "x has N*S = 1 value per channel at bn2, (1, 16, 4, 4)"),
     (lambda: one(groups=1, base_width=16), (1, 16, 8, 8), "x has one image of C = 1 concept at reasoner.bn"),
     (converted, (1, 16, 1, 1), "x has N*S = 1 value per channel at bn1"),
     (network, (1, 3, 8, 8), "x has N*S = 1 value per channel at layer2.0.bn2, (1, 3, 8, 8)"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vcr_ops
+from vcr_ops import library
 
 from . import grid
 from .ops import adapters
@@ -145,4 +146,4 @@ def test_every_op_has_an_adapter():
         name.removeprefix("vcr_ops::") for name in torch._C._dispatch_get_all_op_names() if "vcr_ops::" in name
     }
     differentiable = {name.removesuffix("_backward") for name in registered if name.endswith("_backward")}
-    assert differentiable == set(ADAPTERS)
+    assert differentiable - set(library.AROUND) == set(ADAPTERS)  # what is around the middle has test_norm_relu.py

@@ -14,6 +14,8 @@ from .sync_batch_norm import SyncBatchNorm
 
 Sizes = Sequence[int]
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+# Positions of which a stride of two may leave one.
+_FEW = 8
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
@@ -24,27 +26,27 @@ def check_block(block: Any, x: Tensor, part: Callable[[str], Any]) -> None:
         conv = part("conv2")
     if not _is_one(checks.check_input("x", x, conv)):
         return
-    reduction = 1
-    for name in ("conv1", "conv2", "conv3"):
-        stride = getattr(part(name), "stride", ())
-        reduction *= math.prod(stride) if isinstance(stride, tuple) else 1
-    if x.numel() <= reduction * x.shape[1] or _concepts(block) == 1:
+    stride = getattr(part("conv2"), "stride", None)
+    few = max(_FEW, math.prod(stride)) if isinstance(stride, tuple) else _FEW
+    if x.numel() <= few * conv.in_channels or _concepts(block) == 1:
         _follow_block(block, part, "", x.shape[2:], x)
 
 
 def check_network(network: Any, x: Tensor, stages: Sequence[str]) -> None:
     """TypeError or ValueError unless a VCRNet takes x, of whose stages these are going to run."""
-    conv1 = network.conv1
+    conv1 = network._modules["conv1"]
     if not _is_one(checks.check_input("x", x, conv1)):
         return
-    reduction = network.feature_info[-1]["reduction"] ** network.ndim
-    if x.numel() > reduction * x.shape[1] and all(_concepts(block) != 1 for block in network.layer1.children()):
+    few = network.feature_info[-1]["reduction"] ** network.ndim
+    modules = network._modules
+    first = next(iter(modules["layer1"]._modules.values()), None)
+    if x.numel() > few * conv1.in_channels and _concepts(first) != 1:
         return
     sizes = _after(conv1, x.shape[2:])
     _check_norm(network.bn1, "bn1", sizes, x)
     sizes = _after(network.maxpool, sizes)
     for stage in stages:
-        blocks = network._modules[stage]
+        blocks = modules[stage]
         if not isinstance(blocks, nn.Sequential):
             return
         for path, block in blocks.named_children():
@@ -60,7 +62,7 @@ def _is_one(n: int | None) -> bool:
 
 
 def _concepts(block: Any) -> int:
-    return getattr(block._modules.get("sampler"), "concepts", 0)
+    return 0 if block is None else getattr(block._modules.get("sampler"), "concepts", 0)
 
 
 def _follow_block(block: Any, part: Callable[[str], Any], prefix: str, sizes: Sizes, x: Tensor) -> Sizes | None:
