@@ -47,6 +47,7 @@ def work(rank: int, folder: str, backend: str) -> None:
         counts = [int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
         assert set(counts) == {2}
         torch.save(losses, os.path.join(folder, f"{rank}.pt"))
+        dist.barrier()  # gloo's threads of one process don't outlive the other's
     finally:
         dist.destroy_process_group()
 
