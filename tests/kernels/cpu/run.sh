@@ -110,12 +110,12 @@ mode_asan() {
   export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1:${UBSAN_OPTIONS:-}
   # To compile in a third of the time: AddressSanitizer calls functions, and UBSan's checks of what it sees better are left out.
   build_and_run asan tested -O1 -DVCR_CALLS -g1 --param asan-instrumentation-with-call-threshold=0 -fsanitize=address,undefined \
-    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined "${level[@]}" -- --every 3
+    -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined "${level[@]}" -- --every 7
   must_stop asan overread 'ERROR: AddressSanitizer'
 }
 mode_tsan() {
   sanitized_level
-  build_and_run tsan tested -O1 -DVCR_CALLS -g1 -fsanitize=thread "${level[@]}" -- --every 4
+  build_and_run tsan tested -O1 -DVCR_CALLS -g1 -fsanitize=thread "${level[@]}" -- --every 7
   must_stop tsan race 'WARNING: ThreadSanitizer: data race'
 }
 
