@@ -18,19 +18,12 @@ struct ModulateArgs {
 template <int P, int PT, class A>
 VCR_INLINE void project_state(const Problem& pr, const A* state, const A* w, A* out) {
   const Width<P, PT> size(pr);
-  if (w == nullptr) {
-    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
-  } else if constexpr (by_quads<A, P, PT>) {
-    for (int j = 0; j < P; j += 4) {
-      quad sum = splat_quad(state[0]) * load_quad(w + j);
-      unroll<PT - 1>([&](auto K) { sum = fma(splat_quad(state[K() + 1]), load_quad(w + (K() + 1) * P + j), sum); });
-      store_quad(out + j, sum);
-    }
-  } else {
-    for (int64_t j = 0; j < size.p(); ++j) out[j] = 0;
-    for (int64_t k = 0; k < size.pt(); ++k)
-      for (int64_t j = 0; j < size.p(); ++j) out[j] += state[k] * w[k * size.p() + j];
-  }
+  for_channels<A, P>(pr.p, [&](int64_t j, auto by) {
+    auto sum = by.splat(0);
+    if (w != nullptr)
+      for (int64_t k = 0; k < size.pt(); ++k) sum = fma(by.splat(state[k]), by.load(w + k * size.p() + j), sum);
+    by.store(out + j, sum);
+  });
 }
 
 template <class A>
@@ -64,27 +57,15 @@ VCR_INLINE void modulate_coefficients(int64_t p_, bool pixel, const SampleArgs<A
       B1[j] = scaled_offset(abar[j], a.b[j]) + bbar[j];
     }
   } else {
-    bool infinite = false;
-    if constexpr (sizeof(A) == 4 && P > 0 && P % 4 == 0) {  // spelled out: for the compiler, the arrays might overlap
-      quad none = splat_quad(0);
-      for (int j = 0; j < P; j += 4) {
-        const quad alpha = load_quad(abar + j) + load_quad(scale_bias + j);
-        store_quad(A0 + j, alpha * load_quad(a.s + j));
-        store_quad(B0 + j, alpha * load_quad(a.b + j) + load_quad(bbar + j) + load_quad(shift_bias + j));
-        store_quad(A1 + j, load_quad(a.mu + j));
-        none = none + (alpha - alpha);
-      }
-      for (int j = 0; j < 4; ++j) infinite |= none[j] != 0;
-    } else {
-      for (int64_t j = 0; j < p; ++j) {
-        const A alpha = abar[j] + scale_bias[j];
-        A0[j] = alpha * a.s[j];
-        B0[j] = alpha * a.b[j] + bbar[j] + shift_bias[j];
-        A1[j] = a.mu[j];
-        infinite |= alpha - alpha != 0;
-      }
-    }
-    if (!infinite) return;
+    auto none = Steps<A, P>::splat(0);  // NaN where an alpha is infinite or NaN
+    for_channels<A, P>(p, [&](int64_t j, auto by) {
+      const auto alpha = by.load(abar + j) + by.load(scale_bias + j);
+      by.store(A0 + j, alpha * by.load(a.s + j));
+      by.store(B0 + j, alpha * by.load(a.b + j) + by.load(bbar + j) + by.load(shift_bias + j));
+      by.store(A1 + j, by.load(a.mu + j));
+      none += alpha - alpha;
+    });
+    if (Steps<A, P>::sum(none) == 0) return;
     for (int64_t j = 0; j < p; ++j) {
       const A alpha = abar[j] + scale_bias[j];
       if (alpha - alpha == 0) continue;

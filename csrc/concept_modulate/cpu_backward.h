@@ -15,37 +15,52 @@ struct ModulatorGrads {
   A *scale_weight, *shift_weight, *scale_bias, *shift_bias;  // [pt, p]; [p]
 };
 
+// The batch norm's share: what reaches s and b past the modulator's weights; all [p], null where there is no norm.
 template <class A>
-VCR_INLINE A dot(const A* x, const A* y, int64_t count) {
-  vec<A> acc = zeros<A>();
-  for_vectors<A>(
-      count, [&](int64_t i, auto whole, int some) { acc = fma(load_some<whole()>(x + i, some), load_some<whole()>(y + i, some), acc); });
-  return hsum<A>(acc);
-}
+struct ModulatorNormGrads {
+  const A *abar, *scale_bias;
+  A *ds, *db;
+};
 
-// Adds to the gradients; writes dstate [pt]. scratch [p].
+// Adds to the gradients; writes dstate [pt].
 template <int P, int PT, class A>
 void modulator_backward(const Problem& pr, const SampleArgs<A>& a, const ModulatorSums<A>& sums, const A* state, const A* scale_weight,
-                        const A* shift_weight, const ModulatorGrads<A>& g, A* dstate, A* scratch) {
+                        const A* shift_weight, const ModulatorGrads<A>& g, const ModulatorNormGrads<A>& norm, A* dstate) {
   const Width<P, PT> size(pr);
   const int64_t p = size.p(), pt = size.pt();
-  A* dabar = scratch;
-  for (int64_t j = 0; j < p; ++j) {
-    dabar[j] = a.s[j] * sums.F1[j] + a.b[j] * sums.F0[j];
-    g.scale_bias[j] += a.s[j] * sums.E1[j] + a.b[j] * sums.E0[j];
-    g.shift_bias[j] += sums.E0[j];
-  }
-  for (int64_t k = 0; k < pt; ++k) {
-    A x = 0;
-    if (scale_weight != nullptr) {
-      x += dot(dabar, scale_weight + k * p, p);
-      for (int64_t j = 0; j < p; ++j) g.scale_weight[k * p + j] += state[k] * dabar[j];
-    }
-    if (shift_weight != nullptr) {
-      x += dot(sums.F0, shift_weight + k * p, p);
-      for (int64_t j = 0; j < p; ++j) g.shift_weight[k * p + j] += state[k] * sums.F0[j];
-    }
-    dstate[k] = x;
+  using Step = Steps<A, P>;
+  constexpr int K = by_quads<A, P, PT> ? PT : 1;  // states whose sums over the channels run side by side
+  for (int64_t k0 = 0; k0 < pt; k0 += K) {
+    typename Step::type total[K];
+    for (int k = 0; k < K; ++k) total[k] = Step::splat(0);
+    for_channels<A, P>(p, [&](int64_t j, auto by) {
+      const auto s = by.load(a.s + j), b = by.load(a.b + j), F0 = by.load(sums.F0 + j), F1 = by.load(sums.F1 + j);
+      const auto dabar = s * F1 + b * F0;
+      if (k0 == 0) {
+        const auto E0 = by.load(sums.E0 + j), E1 = by.load(sums.E1 + j);
+        by.store(g.scale_bias + j, by.load(g.scale_bias + j) + (s * E1 + b * E0));
+        by.store(g.shift_bias + j, by.load(g.shift_bias + j) + E0);
+        if (norm.ds != nullptr) {
+          const auto abar = by.load(norm.abar + j), bias = by.load(norm.scale_bias + j);
+          by.store(norm.ds + j, by.load(norm.ds + j) + (abar * F1 + bias * E1));
+          by.store(norm.db + j, by.load(norm.db + j) + (abar * F0 + bias * E0));
+        }
+      }
+      const auto into = [&](const A* w, A* dw, auto upstream) {
+        if (w == nullptr) return;
+        unroll<K>([&](auto I) {
+          const int64_t at = (k0 + I) * p + j;
+          total[I] = fma(upstream, by.load(w + at), total[I]);
+          by.store(dw + at, fma(by.splat(state[k0 + I]), upstream, by.load(dw + at)));
+        });
+      };
+      into(scale_weight, g.scale_weight, dabar);
+      into(shift_weight, g.shift_weight, F0);
+    });
+    if constexpr (by_quads<A, P, PT>)
+      unroll<PT / 4>([&](auto I) { store_quad(dstate + 4 * I, sum_four(total + 4 * I)); });
+    else
+      dstate[k0] = Step::sum(total[0]);
   }
 }
 

@@ -219,19 +219,16 @@ struct ModulateBackwardCpu {
       map_pass<false>(stage, sums.get());
     for (A* to : {f.dscale_weight, f.dshift_weight}) fill_zero(to, stage.CP * pr.pt);
     for (A* to : {f.dscale_bias, f.dshift_bias}) fill_zero(to, stage.CP);
-    for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(pr.p);
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t weights = c * pr.p * pr.pt;
-        const ModulatorGrads<A> g{offset(f.dscale_weight, weights), offset(f.dshift_weight, weights), f.dscale_bias + c * pr.p,
-                                  f.dshift_bias + c * pr.p};
-        for (int64_t n = 0; n < pr.N; ++n) {
-          const A* at = sums.get() + n * stage.CP + c * pr.p;
-          const int64_t k = (n * pr.C + c) * pr.pt;
-          modulator_backward<P, PT>(pr, stage.concept_args(c), ModulatorSums<A>{at, at + map, at + 2 * map, at + 3 * map}, f.state + k,
-                                    offset(f.weights.scale_weight, weights), offset(f.weights.shift_weight, weights), g, f.dstate + k,
-                                    scratch.get());
-        }
+    for_each(f.pool, pr.C, [&](int64_t c) {
+      const int64_t weights = c * pr.p * pr.pt;
+      const ModulatorGrads<A> g{offset(f.dscale_weight, weights), offset(f.dshift_weight, weights), f.dscale_bias + c * pr.p,
+                                f.dshift_bias + c * pr.p};
+      for (int64_t n = 0; n < pr.N; ++n) {
+        const A* at = sums.get() + n * stage.CP + c * pr.p;
+        const int64_t k = (n * pr.C + c) * pr.pt;
+        modulator_backward<P, PT>(pr, stage.concept_args(c), ModulatorSums<A>{at, at + map, at + 2 * map, at + 3 * map}, f.state + k,
+                                  offset(f.weights.scale_weight, weights), offset(f.weights.shift_weight, weights), g,
+                                  ModulatorNormGrads<A>{}, f.dstate + k);
       }
     });
   }

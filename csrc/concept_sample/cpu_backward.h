@@ -23,42 +23,41 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
   const int64_t p = size.p();
   A *x = scratch, *dv = x + round_up(p, 16), *du = dv + round_up(p, 16), *bar = du + round_up(p, 16), *dq = bar + round_up(p, 16);
   project_back(size, value, dh, x);  // drbar
-  double dot = 0;
-  for (int64_t j = 0; j < p; ++j) {
-    bar[j] = a.s[j] * r[j] + a.b[j];
-    dr[j] = a.s[j] * x[j];
-    v[j] = a.s[j] * u[j];
-    constant[j] = 0;
-    g.ds[j] += r[j] * x[j];
-    g.db[j] += x[j];
-  }
-  for (int64_t j = 0; j < p; ++j) dot += double(r[j]) * double(dr[j]);
-  rdr = A(dot);
+  for_channels<A, P>(p, [&](int64_t j, auto by) {
+    const auto s = by.load(a.s + j), rj = by.load(r + j), xj = by.load(x + j);
+    by.store(bar + j, s * rj + by.load(a.b + j));
+    by.store(dr + j, s * xj);
+    by.store(v + j, s * by.load(u + j));
+    by.store(constant + j, by.splat(0));
+    by.store(g.ds + j, by.load(g.ds + j) + rj * xj);
+    by.store(g.db + j, by.load(g.db + j) + xj);
+  });
+  rdr = A(wide_dot<A, P>(p, r, dr));
   add_outer(size, bar, dh, g.value);
   if (sampler == Sampler::pool) return;
   project_back(size, R, dh, dv);
-  if (K1 != nullptr)
-    for (int64_t j = 0; j < p; ++j) dv[j] += K1[j];
-  for (int64_t j = 0; j < p; ++j) {
-    du[j] = a.s[j] * dv[j];
-    g.ds[j] += u[j] * dv[j];
-  }
+  const A scale = sampler == Sampler::static_query ? A(1) : A(1) / vcr::sqrt(A(size.pt()));
+  for_channels<A, P>(p, [&](int64_t j, auto by) {
+    auto dvj = by.load(dv + j);
+    if (K1 != nullptr) dvj += by.load(K1 + j);
+    by.store(g.ds + j, by.load(g.ds + j) + by.load(u + j) * dvj);
+    by.store(du + j, by.load(a.s + j) * dvj * by.splat(scale));
+  });
   if (sampler == Sampler::static_query) {
     for (int64_t j = 0; j < p; ++j) g.logit[j] += du[j];
     return;
   }
-  const A inverse_S = A(1) / A(pr.S), scale = A(1) / vcr::sqrt(A(size.pt()));
-  for (int64_t j = 0; j < p; ++j) du[j] *= scale;
   project(size, du, key, dq);
   add_outer(size, du, q, g.key);
   project_back(size, query, dq, x);  // dzbar
-  for (int64_t j = 0; j < p; ++j) {
-    const A centred = a.mhat[j];
-    bar[j] = a.s[j] * centred + a.b[j];
-    constant[j] = a.s[j] * x[j] * inverse_S;
-    g.ds[j] += centred * x[j];
-    g.db[j] += x[j];
-  }
+  const A inverse_S = A(1) / A(pr.S);
+  for_channels<A, P>(p, [&](int64_t j, auto by) {
+    const auto s = by.load(a.s + j), centred = by.load(a.mhat + j), xj = by.load(x + j);
+    by.store(bar + j, s * centred + by.load(a.b + j));
+    by.store(constant + j, s * xj * by.splat(inverse_S));
+    by.store(g.ds + j, by.load(g.ds + j) + centred * xj);
+    by.store(g.db + j, by.load(g.db + j) + xj);
+  });
   add_outer(size, bar, dq, g.query);
 }
 

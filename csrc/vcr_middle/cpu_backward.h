@@ -166,7 +166,7 @@ struct MiddleBackwardCpu {
   }
 
   // The modulator's parameters and dL/dstate of concept c, and its share of the batch norm's gradients.
-  void modulator_gradients_of(int64_t c, A* scratch) const {
+  void modulator_gradients_of(int64_t c) const {
     const int64_t p = pr.p, weights = c * p * pr.pt;
     const ModulatorGrads<A> g{offset(f.grads.scale_weight, weights), offset(f.grads.shift_weight, weights), f.grads.scale_bias + c * p,
                               f.grads.shift_bias + c * p};
@@ -174,14 +174,10 @@ struct MiddleBackwardCpu {
     for (int64_t n = 0; n < pr.N; ++n) {
       const int64_t at = n * CP + c * p, k = (n * pr.C + c) * pr.pt;
       modulator_backward<P, PT>(pr, view.concept_args(pr, n, c, nullptr), ModulatorSums<A>{E0 + at, E1 + at, F0 + at, F1 + at},
-                                saved.state + k, offset(w.scale_weight, weights), offset(w.shift_weight, weights), g, dstate + k, scratch);
+                                saved.state + k, offset(w.scale_weight, weights), offset(w.shift_weight, weights), g,
+                                ModulatorNormGrads<A>{saved.abar + at, w.scale_bias + c * p, ds + c * p, db + c * p}, dstate + k);
       for (int64_t i = 0; i < pr.pt; ++i)
         if (saved.state[k + i] <= 0) dstate[k + i] = 0;  // the state's ReLU; NaN passes
-      for (int64_t j = 0; j < p; ++j) {
-        const A abar = saved.abar[at + j], bias = w.scale_bias[c * p + j];
-        ds[c * p + j] += abar * F1[at + j] + bias * E1[at + j];
-        db[c * p + j] += abar * F0[at + j] + bias * E0[at + j];
-      }
     }
   }
 
@@ -309,10 +305,7 @@ struct MiddleBackwardCpu {
       sums();
     tick(Pass::modulate_backward_sums);
     zero_gradients();
-    for_ranges(f.pool, pr.C, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(pr.p);
-      for (int64_t c = begin; c < end; ++c) modulator_gradients_of(c, scratch.get());
-    });
+    for_each(f.pool, pr.C, [&](int64_t c) { modulator_gradients_of(c); });
   }
   void recompute_all() const {
     for_each(f.pool, NC, [&](int64_t i) { recompute_coefficients(i / pr.C, i % pr.C); });

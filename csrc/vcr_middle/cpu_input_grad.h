@@ -92,7 +92,7 @@ VCR_KERNEL void input_grad_block(Tile<T> y, Tile<D> d, O* out, int64_t out_row, 
     const bool stream = g.stream && sizeof(O) == 4 && can_stream(to);
     const auto sweep = [&](auto attend, auto past_caches) {
       const auto value = [&](int64_t i, auto whole, int some) {
-        if constexpr (whole() && modulated)
+        if constexpr (whole() && modulated && VCR_VECTOR_BYTES < 64)  // else each vector's prefetches would take the place of loads
           if (i * sizeof(D) % 64 == 0) {
             prefetch(grad + i + 512 / sizeof(D));
             if constexpr (!past_caches()) prefetch_write(to + i + 512 / sizeof(O));
