@@ -29,28 +29,28 @@ void modulator_backward(const Problem& pr, const SampleArgs<A>& a, const Modulat
   const Width<P, PT> size(pr);
   const int64_t p = size.p(), pt = size.pt();
   using Step = Steps<A, P>;
+  using Sum = std::conditional_t<Step::width == 1, double, typename Step::type>;  // few lanes, few roundings: or else in double
   constexpr int K = by_quads<A, P, PT> ? PT : 1;  // states whose sums over the channels run side by side
   for (int64_t k0 = 0; k0 < pt; k0 += K) {
-    typename Step::type total[K];
-    for (int k = 0; k < K; ++k) total[k] = Step::splat(0);
+    Sum total[K] = {};
     for_channels<A, P>(p, [&](int64_t j, auto by) {
       const auto s = by.load(a.s + j), b = by.load(a.b + j), F0 = by.load(sums.F0 + j), F1 = by.load(sums.F1 + j);
-      const auto dabar = s * F1 + b * F0;
+      const auto dabar = fma(s, F1, b * F0);
       if (k0 == 0) {
         const auto E0 = by.load(sums.E0 + j), E1 = by.load(sums.E1 + j);
-        by.store(g.scale_bias + j, by.load(g.scale_bias + j) + (s * E1 + b * E0));
+        by.store(g.scale_bias + j, by.load(g.scale_bias + j) + fma(s, E1, b * E0));
         by.store(g.shift_bias + j, by.load(g.shift_bias + j) + E0);
         if (norm.ds != nullptr) {
           const auto abar = by.load(norm.abar + j), bias = by.load(norm.scale_bias + j);
-          by.store(norm.ds + j, by.load(norm.ds + j) + (abar * F1 + bias * E1));
-          by.store(norm.db + j, by.load(norm.db + j) + (abar * F0 + bias * E0));
+          by.store(norm.ds + j, by.load(norm.ds + j) + fma(abar, F1, bias * E1));
+          by.store(norm.db + j, by.load(norm.db + j) + fma(abar, F0, bias * E0));
         }
       }
       const auto into = [&](const A* w, A* dw, auto upstream) {
         if (w == nullptr) return;
         unroll<K>([&](auto I) {
           const int64_t at = (k0 + I) * p + j;
-          total[I] = fma(upstream, by.load(w + at), total[I]);
+          total[I] = fma(Sum(upstream), Sum(by.load(w + at)), total[I]);
           by.store(dw + at, fma(by.splat(state[k0 + I]), upstream, by.load(dw + at)));
         });
       };
@@ -59,6 +59,8 @@ void modulator_backward(const Problem& pr, const SampleArgs<A>& a, const Modulat
     });
     if constexpr (by_quads<A, P, PT>)
       unroll<PT / 4>([&](auto I) { store_quad(dstate + 4 * I, sum_four(total + 4 * I)); });
+    else if constexpr (Step::width == 1)
+      dstate[k0] = A(total[0]);
     else
       dstate[k0] = Step::sum(total[0]);
   }

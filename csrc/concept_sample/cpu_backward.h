@@ -25,11 +25,11 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
   project_back(size, value, dh, x);  // drbar
   for_channels<A, P>(p, [&](int64_t j, auto by) {
     const auto s = by.load(a.s + j), rj = by.load(r + j), xj = by.load(x + j);
-    by.store(bar + j, s * rj + by.load(a.b + j));
+    by.store(bar + j, fma(s, rj, by.load(a.b + j)));
     by.store(dr + j, s * xj);
     by.store(v + j, s * by.load(u + j));
     by.store(constant + j, by.splat(0));
-    by.store(g.ds + j, by.load(g.ds + j) + rj * xj);
+    by.store(g.ds + j, fma(rj, xj, by.load(g.ds + j)));
     by.store(g.db + j, by.load(g.db + j) + xj);
   });
   rdr = A(wide_dot<A, P>(p, r, dr));
@@ -40,7 +40,7 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
   for_channels<A, P>(p, [&](int64_t j, auto by) {
     auto dvj = by.load(dv + j);
     if (K1 != nullptr) dvj += by.load(K1 + j);
-    by.store(g.ds + j, by.load(g.ds + j) + by.load(u + j) * dvj);
+    by.store(g.ds + j, fma(by.load(u + j), dvj, by.load(g.ds + j)));
     by.store(du + j, by.load(a.s + j) * dvj * by.splat(scale));
   });
   if (sampler == Sampler::static_query) {
@@ -53,9 +53,9 @@ void sample_backward(const Problem& pr, Sampler sampler, const SampleArgs<A>& a,
   const A inverse_S = A(1) / A(pr.S);
   for_channels<A, P>(p, [&](int64_t j, auto by) {
     const auto s = by.load(a.s + j), centred = by.load(a.mhat + j), xj = by.load(x + j);
-    by.store(bar + j, s * centred + by.load(a.b + j));
+    by.store(bar + j, fma(s, centred, by.load(a.b + j)));
     by.store(constant + j, s * xj * by.splat(inverse_S));
-    by.store(g.ds + j, by.load(g.ds + j) + centred * xj);
+    by.store(g.ds + j, fma(centred, xj, by.load(g.ds + j)));
     by.store(g.db + j, by.load(g.db + j) + xj);
   });
   add_outer(size, bar, dq, g.query);

@@ -19,7 +19,7 @@ VCR_INLINE void sample_prologue(const Problem& pr, Sampler sampler, const Sample
                                 A* q, A* u, A* v) {
   const Width<P, PT> size(pr);
   if (sampler == Sampler::dynamic_query) {
-    for_channels<A, P>(pr.p, [&](int64_t j, auto by) { by.store(v + j, by.load(a.s + j) * by.load(a.mhat + j) + by.load(a.b + j)); });
+    for_channels<A, P>(pr.p, [&](int64_t j, auto by) { by.store(v + j, fma(by.load(a.s + j), by.load(a.mhat + j), by.load(a.b + j))); });
     project(size, v, query, q);
     project_back(size, key, q, u);
     const A scale = A(1) / vcr::sqrt(A(size.pt()));
@@ -40,7 +40,7 @@ VCR_INLINE void sample_prologue(const Problem& pr, Sampler sampler, const Sample
 template <int P, int PT, class A>
 VCR_INLINE void sample_epilogue(const Problem& pr, const SampleArgs<A>& a, const A* r, const A* value, A* h, A* scratch) {
   const Width<P, PT> size(pr);
-  for_channels<A, P>(pr.p, [&](int64_t j, auto by) { by.store(scratch + j, by.load(a.s + j) * by.load(r + j) + by.load(a.b + j)); });
+  for_channels<A, P>(pr.p, [&](int64_t j, auto by) { by.store(scratch + j, fma(by.load(a.s + j), by.load(r + j), by.load(a.b + j))); });
   project(size, scratch, value, h);
 }
 

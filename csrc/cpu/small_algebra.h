@@ -172,7 +172,7 @@ VCR_INLINE void project_back(const Width<P, PT>& size, const A* w, const A* x, A
   } else {
     for (int64_t j = 0; j < size.p(); ++j) {
       A sum = 0;
-      for (int64_t k = 0; k < size.pt(); ++k) sum += w[j * size.pt() + k] * x[k];
+      for (int64_t k = 0; k < size.pt(); ++k) sum = fma(w[j * size.pt() + k], x[k], sum);
       out[j] = sum;
     }
   }
@@ -195,7 +195,7 @@ VCR_INLINE void project(const Width<P, PT>& size, const A* x, const A* w, A* out
   } else {
     for (int64_t k = 0; k < size.pt(); ++k) out[k] = 0;
     for (int64_t j = 0; j < size.p(); ++j)
-      for (int64_t k = 0; k < size.pt(); ++k) out[k] += x[j] * w[j * size.pt() + k];
+      for (int64_t k = 0; k < size.pt(); ++k) out[k] = fma(x[j], w[j * size.pt() + k], out[k]);
   }
 }
 // w[j, k] += x[j] y[k]
@@ -214,7 +214,7 @@ VCR_INLINE void add_outer(const Width<P, PT>& size, const A* x, const A* y, A* w
       unroll<PT / 4>([&](auto K) { store_quad(w + j * PT + 4 * K, fma(splat_quad(x[j]), ys[K], load_quad(w + j * PT + 4 * K))); });
   } else {
     for (int64_t j = 0; j < size.p(); ++j)
-      for (int64_t k = 0; k < size.pt(); ++k) w[j * size.pt() + k] += x[j] * y[k];
+      for (int64_t k = 0; k < size.pt(); ++k) w[j * size.pt() + k] = fma(x[j], y[k], w[j * size.pt() + k]);
   }
 }
 
