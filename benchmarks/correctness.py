@@ -153,7 +153,8 @@ def _find(case: Case, draw: int, whole: bool, device: str) -> _Draw:
 def _without_kinks(inputs: Inputs, kinks: Tensor | None) -> Inputs:
     if kinks is None or inputs.grad_out is None:
         return inputs
-    return replace(inputs, grad_out=inputs.grad_out.masked_fill(kinks, 0))
+    # masked_fill would make a contiguous map of it, whatever its memory format
+    return replace(inputs, grad_out=inputs.grad_out.clone().masked_fill_(kinks, 0))
 
 
 def _tensors(case: Case, provider: Provider, inputs: Inputs, dtype: torch.dtype | None = None) -> Tensors:
