@@ -142,8 +142,9 @@ VCR_KERNEL void backward_sums_row(const T* y, const T* d, int64_t S, acc_t<T> mu
   E1 = A(total1);
 }
 
-// The same over channels [0, count) of one channels_last image; mu, a, b, E0, E1 [count]. Eight rows at a time, along the channels (see
-// channel_stats). A float sum runs over 8 rows, then over 32 such sums, then in double.
+// The same over channels [0, count) of one channels_last image; mu, a, b, E0, E1 [count]. Some rows at a time, along the channels (see
+// channel_stats), of two maps: more would fall out of their cache sets. A float sum runs over them, then over 32 such sums, then in double.
+constexpr int64_t sum_rows_together = 4, sum_rows_merged = 128;
 template <class T>
 VCR_KERNEL void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int64_t d_stride, int64_t S, int64_t count, const acc_t<T>* mu,
                                    const acc_t<T>* a, const acc_t<T>* b, acc_t<T>* E0, acc_t<T>* E1) {
@@ -153,8 +154,8 @@ VCR_KERNEL void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int
   Scratch<double> totals(2 * padded);
   A *run0 = running.get(), *run1 = run0 + padded;
   fill_zero(totals.get(), 2 * padded);
-  for (int64_t i = 0; i < S; i += merged_rows) {
-    const int64_t rows = min(merged_rows, S - i);
+  for (int64_t i = 0; i < S; i += sum_rows_merged) {
+    const int64_t rows = min(sum_rows_merged, S - i);
     fill_zero(run0, 2 * padded);
     int64_t r = 0;
     const auto block = [&](auto height) {
@@ -178,7 +179,7 @@ VCR_KERNEL void backward_sums_rows(const T* y, int64_t y_stride, const T* d, int
       });
       r += height();
     };
-    while (r + together_rows <= rows) block(std::integral_constant<int, together_rows>{});
+    while (r + sum_rows_together <= rows) block(std::integral_constant<int, sum_rows_together>{});
     while (r < rows) block(std::integral_constant<int, 1>{});
     for (int64_t j = 0; j < 2 * padded; ++j) totals.get()[j] += double(run0[j]);
   }

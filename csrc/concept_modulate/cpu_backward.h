@@ -30,7 +30,7 @@ void modulator_backward(const Problem& pr, const SampleArgs<A>& a, const Modulat
   const int64_t p = size.p(), pt = size.pt();
   using Step = Steps<A, P>;
   using Sum = std::conditional_t<Step::width == 1, double, typename Step::type>;  // few lanes, few roundings: or else in double
-  constexpr int K = by_quads<A, P, PT> ? PT : 1;  // states whose sums over the channels run side by side
+  constexpr int K = by_quads<A, P, PT> ? PT : 1;                                  // states whose sums over the channels run side by side
   for (int64_t k0 = 0; k0 < pt; k0 += K) {
     Sum total[K] = {};
     for_channels<A, P>(p, [&](int64_t j, auto by) {

@@ -82,8 +82,8 @@ template <class A, int P, int PT>
 inline constexpr bool by_quads = sizeof(A) == 4 && P > 0 && P % 4 == 0 && PT > 0 && PT % 4 == 0;
 // Whether they can go along a matrix [p, pt] by whole vectors, of whole rows each.
 template <class A, int P, int PT>
-inline constexpr bool by_matrix = by_quads<A, P, PT> && (PT == 4 || PT == 8) && lanes<float> > 4 && lanes<float> % PT == 0 &&
-                                  P % lanes<float> == 0;
+inline constexpr bool by_matrix =
+    by_quads<A, P, PT> && (PT == 4 || PT == 8) && lanes<float> > 4 && lanes<float> % PT == 0 && P % lanes<float> == 0;
 
 template <int i, int... I>
 VCR_INLINE quad quad_of_impl(vec<float> x, std::integer_sequence<int, I...>) {
@@ -136,7 +136,10 @@ VCR_INLINE void for_matrix(const float* x, F f) {
   constexpr int W = lanes<float>;
   unroll<P / W>([&](auto J) {
     const vec<float> xs = load(x + J * W);
-    unroll<PT>([&](auto R) { f(std::integral_constant<int, J * PT + R>{}, each<PT, R * (W / PT)>(xs)); });
+    unroll<PT>([&](auto R) {
+      constexpr int rows = W / PT;
+      f(std::integral_constant<int, J * PT + R>{}, each<PT, R * rows>(xs));
+    });
   });
 }
 template <int PT, int... I>
