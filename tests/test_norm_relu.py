@@ -14,7 +14,7 @@ import vcr_ops
 from tests.closeness import Closeness, Result
 from tests.small import assert_same, enliven, feature_map, results
 from vcr_ops.modules.norm_relu import run_norm_relu
-from vcr_ops.ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu
+from vcr_ops.ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu, norm_relu_
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -87,6 +87,9 @@ def test_values(dtype: str, layout: str, shortcut: str, size: tuple[int, ...]) -
         assert out.dtype == kind
         assert out.shape == y.shape
         assert min(size) <= 1 or out.is_contiguous(memory_format=FORMATS[layout])
+        mine = y.clone()
+        assert norm_relu_(mine, constants(bn, parameters), other, constants(bn2, parameters)) is mine
+        assert torch.equal(mine, out)
         found = equation(y, bn, other, bn2, torch.float32 if dtype == "bf16" else kind).to(kind)
         if dtype == "f64":  # nothing finer is at hand: to rounding
             torch.testing.assert_close(out, found, rtol=1e-14, atol=1e-14)
@@ -464,6 +467,69 @@ def test_the_op_by_itself() -> None:
     ):
         with pytest.raises(ValueError, match="vcr_ops: "):
             op(*wrong)
+
+
+def test_the_op_in_place_by_itself() -> None:
+    op = torch.ops.vcr_ops.norm_relu_.default
+    bn = constants(draw_norm(8, 0), torch.float32)
+    y, shortcut = torch.randn(2, 2, 8, 6, 5)
+    for memory_format in FORMATS.values():
+        y, shortcut = (x.contiguous(memory_format=memory_format) for x in (y, shortcut))
+        for arguments in ((y, *bn, None, *NO_NORM), (y, *bn, shortcut, *bn), (y, *NO_NORM, shortcut, *NO_NORM)):
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    before = torch.randn(2, 16, 6, 5)
+    for slice_of in (lambda x: x[:, ::2], lambda x: x[:, :8, :, :3], lambda x: x[:, :8, 2:]):
+        y = before.clone()
+        with pytest.raises(ValueError, match="y is written in place: it must be a contiguous or a channels_last map"):
+            op(slice_of(y), *bn, None, *NO_NORM)
+        assert torch.equal(y, before)
+
+
+class Convolution(nn.Conv2d):
+    """Keeps what it gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given = super().forward(x)
+        return self.given
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_only_what_nobody_else_has_is_overwritten(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    block = vcr_ops.VCRBlock(16, 8, groups=4, base_width=64).eval().to(memory_format=memory_format)
+    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=memory_format)
+    before = x.clone()
+    with torch.inference_mode():
+        out = block(x)
+    with torch.no_grad():
+        assert torch.equal(block(x), out)
+        assert torch.equal(x, before)
+        with Recorded():  # where something looks on, nothing is overwritten
+            torch.testing.assert_close(block(x), out)
+        mine = copy.deepcopy(block)
+        for name in ("conv1", "conv3"):
+            old = getattr(mine, name)
+            new = Convolution(old.in_channels, old.out_channels, 1, bias=False).to(memory_format=memory_format)
+            new.load_state_dict(old.state_dict())
+            setattr(mine, name, new)
+        torch.testing.assert_close(mine(x), out)
+        for name in ("conv1", "conv3"):
+            assert (getattr(mine, name).given < 0).any()  # before the ReLU
+        kept: list[Tensor] = []
+        handles = [
+            getattr(block, name).register_forward_hook(lambda *a: kept.append(a[2])) for name in ("conv1", "conv3")
+        ]
+        torch.testing.assert_close(block(x), out)
+        assert all((given < 0).any() for given in kept)
+        for handle in handles:
+            handle.remove()
+    allocated = []
+    for relu in (block.relu, torch.nn.ReLU6()):  # the latter isn't fused
+        block.relu = relu
+        with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+            block(x)
+        allocated.append(sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()))
+    assert allocated[0] <= allocated[1] - 2 * x.numel() * 4, allocated  # a map less for each norm
 
 
 def test_a_norm_that_does_not_fit_raises_as_ever() -> None:

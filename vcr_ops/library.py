@@ -23,7 +23,7 @@ STEPS = tuple(
     for name in ("stats", "states", "modulate", "backward_sums", "backward_states", "backward_input")
 )
 # What stands around the middle; the CPU's alone.
-AROUND = ("norm_relu", "batch_norm_relu", "batch_norm_relu_backward")
+AROUND = ("norm_relu", "norm_relu_", "batch_norm_relu", "batch_norm_relu_backward")
 ISA_VARIABLE = "VCR_OPS_ISA"
 _REBUILD = "build it with `pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
 

@@ -12,7 +12,8 @@ struct ChannelNorm {
   double eps = 0;
 };
 
-// out = relu(norm(y) + shortcut_norm(shortcut)); all maps lie in the same layout. shortcut: null for none.
+// out = relu(norm(y) + shortcut_norm(shortcut)); all maps lie in the same layout, and with given statistics `out` may be y's own memory.
+// shortcut: null for none.
 template <class T>
 struct NormRelu {
   using A = acc_t<T>;

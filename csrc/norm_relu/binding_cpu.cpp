@@ -20,30 +20,54 @@ ChannelNorm<A> channel_norm(Params<A, Cpu>& get, int64_t channels, const Optiona
   return {get(mean, channels, "mean"), get(var, channels, "var"), get(weight, channels, "weight"), get(bias, channels, "bias"), eps};
 }
 
+// Into `out` where there is one: a map that lies as `from` does, or `from` itself.
+struct GivenNorms {
+  const OptionalTensor &mean, &var, &weight, &bias;
+  double eps;
+  const OptionalTensor &shortcut, &shortcut_mean, &shortcut_var, &shortcut_weight, &shortcut_bias;
+  double shortcut_eps;
+
+  void run(Cpu& device, const MapInput& from, Tensor& out) const {
+    require(shortcut.has_value() || !shortcut_mean.has_value(), "shortcut_mean comes with shortcut");
+    Cpu::dispatch(out.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      using A = acc_t<T>;
+      std::optional<MapInput> other;
+      if (shortcut.has_value()) other.emplace(*shortcut, from, "shortcut");
+      Params<A, Cpu> get(device);
+      NormRelu<T> f = problem<T>(from);
+      const int64_t channels = f.channels;
+      f.y = from.template map<T>();
+      if (other.has_value()) f.shortcut = other->template map<T>();
+      f.out = output_map<T>(out);
+      f.norm = channel_norm<A>(get, channels, mean, var, weight, bias, eps);
+      f.shortcut_norm = channel_norm<A>(get, channels, shortcut_mean, shortcut_var, shortcut_weight, shortcut_bias, shortcut_eps);
+      device.run(f);
+      return 0;
+    });
+  }
+};
+
 Tensor norm_relu(const Tensor& y, const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& weight,
                  const OptionalTensor& bias, double eps, const OptionalTensor& shortcut, const OptionalTensor& shortcut_mean,
                  const OptionalTensor& shortcut_var, const OptionalTensor& shortcut_weight, const OptionalTensor& shortcut_bias,
                  double shortcut_eps) {
   Cpu device(y);
-  require(shortcut.has_value() || !shortcut_mean.has_value(), "shortcut_mean comes with shortcut");
-  return Cpu::dispatch(y.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    using A = acc_t<T>;
-    const MapInput from(y);
-    std::optional<MapInput> other;
-    if (shortcut.has_value()) other.emplace(*shortcut, from, "shortcut");
-    Tensor out = new_map(from.tensor(), from.shape());
-    Params<A, Cpu> get(device);
-    NormRelu<T> f = problem<T>(from);
-    const int64_t channels = f.channels;
-    f.y = from.template map<T>();
-    if (other.has_value()) f.shortcut = other->template map<T>();
-    f.out = output_map<T>(out);
-    f.norm = channel_norm<A>(get, channels, mean, var, weight, bias, eps);
-    f.shortcut_norm = channel_norm<A>(get, channels, shortcut_mean, shortcut_var, shortcut_weight, shortcut_bias, shortcut_eps);
-    device.run(f);
-    return out;
-  });
+  const MapInput from(y);
+  Tensor out = new_map(from.tensor(), from.shape());
+  GivenNorms{mean, var, weight, bias, eps, shortcut, shortcut_mean, shortcut_var, shortcut_weight, shortcut_bias, shortcut_eps}.run(
+      device, from, out);
+  return out;
+}
+
+void norm_relu_(Tensor y, const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+                double eps, const OptionalTensor& shortcut, const OptionalTensor& shortcut_mean, const OptionalTensor& shortcut_var,
+                const OptionalTensor& shortcut_weight, const OptionalTensor& shortcut_bias, double shortcut_eps) {
+  Cpu device(y);
+  require(MapShape(y).dense, "y is written in place: it must be a contiguous or a channels_last map");
+  const MapInput from(y);
+  GivenNorms{mean, var, weight, bias, eps, shortcut, shortcut_mean, shortcut_var, shortcut_weight, shortcut_bias, shortcut_eps}.run(
+      device, from, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -107,6 +131,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "norm_relu(Tensor y, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, Tensor? shortcut, Tensor? shortcut_mean, "
       "Tensor? shortcut_var, Tensor? shortcut_weight, Tensor? shortcut_bias, float shortcut_eps) -> Tensor");
   m.def(
+      "norm_relu_(Tensor(a!) y, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps, Tensor? shortcut, "
+      "Tensor? shortcut_mean, Tensor? shortcut_var, Tensor? shortcut_weight, Tensor? shortcut_bias, float shortcut_eps) -> ()");
+  m.def(
       "batch_norm_relu(Tensor y, Tensor? weight, Tensor? bias, float eps, Tensor? shortcut) -> "
       "(Tensor out, Tensor mean, Tensor unbiased_var, Tensor var)");
   m.def(
@@ -115,6 +142,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
   m.impl("norm_relu", TORCH_BOX(&norm_relu));
+  m.impl("norm_relu_", TORCH_BOX(&norm_relu_));
   m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
   m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
 }

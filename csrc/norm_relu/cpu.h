@@ -46,12 +46,20 @@ class NormReluCpu {
   const NormRelu<T>& f;
   Scratch<A> memory_;
   ChannelAffine<A> norm_, shortcut_norm_;
-  const bool stream_;
+  const bool in_place_, stream_;
 
+  // What has been written in place can't be read again by an overlapping last vector; and its lines are in cache.
+  template <class F>
+  void write(T* to, int64_t count, F value) const {
+    if (in_place_)
+      write_vectors(to, count, value);
+    else
+      write_row(to, count, stream_, value);
+  }
   template <Shortcut kind>
   void contiguous_row(int64_t n, int64_t j) const {
     const T *y = f.y.at(n, j, 0), *shortcut = kind == Shortcut::none ? nullptr : f.shortcut.at(n, j, 0);
-    write_row(f.out.at(n, j, 0), f.S, stream_, [&](int64_t i, auto whole, int some) {
+    write(f.out.at(n, j, 0), f.S, [&](int64_t i, auto whole, int some) {
       vec<A> x = norm_.of(load_some<whole()>(y + i, some), j);
       if constexpr (kind == Shortcut::plain) x += load_some<whole()>(shortcut + i, some);
       if constexpr (kind == Shortcut::normed) x += shortcut_norm_.of(load_some<whole()>(shortcut + i, some), j);
@@ -61,7 +69,7 @@ class NormReluCpu {
   template <Shortcut kind>
   void channels_last_row(int64_t n, int64_t i) const {
     const T *y = f.y.at(n, 0, i), *shortcut = kind == Shortcut::none ? nullptr : f.shortcut.at(n, 0, i);
-    write_row(f.out.at(n, 0, i), f.channels, stream_, [&](int64_t j, auto whole, int some) {
+    write(f.out.at(n, 0, i), f.channels, [&](int64_t j, auto whole, int some) {
       vec<A> x = norm_.template of<whole()>(load_some<whole()>(y + j, some), j, some);
       if constexpr (kind == Shortcut::plain) x += load_some<whole()>(shortcut + j, some);
       if constexpr (kind == Shortcut::normed) x += shortcut_norm_.template of<whole()>(load_some<whole()>(shortcut + j, some), j, some);
@@ -126,7 +134,8 @@ class NormReluCpu {
  public:
   explicit NormReluCpu(const NormRelu<T>& args)
       : f(args), memory_(6 * args.channels), norm_(memory_.get(), args.channels),
-        shortcut_norm_(memory_.get() + 3 * args.channels, args.channels), stream_(streams<T>(args.N * args.channels * args.S)) {}
+        shortcut_norm_(memory_.get() + 3 * args.channels, args.channels), in_place_(args.out.data == args.y.data),
+        stream_(!in_place_ && streams<T>(args.N * args.channels * args.S)) {}
 
   void run() const {
     shortcut_norm_.set(f.shortcut_norm, 0, f.channels);

@@ -103,7 +103,8 @@ def _activation(block: nn.Module, parts: Mapping[str, str | None], name: str) ->
 def _before_middle(block: nn.Module, parts: Mapping[str, str | None], x: Tensor, backend: str | None) -> Tensor:
     """x to what the grouped convolution gives."""
     y = _called(block, parts, "conv1", x)
-    y = run_norm_relu(y, part_of(block, parts, "bn1"), _activation(block, parts, "act1"), backend)
+    bn, act = part_of(block, parts, "bn1"), _activation(block, parts, "act1")
+    y = run_norm_relu(y, bn, act, backend, source=part_of(block, parts, "conv1"))
     return _called(block, parts, "conv2", y)
 
 
@@ -111,11 +112,12 @@ def _after_middle(
     block: nn.Module, parts: Mapping[str, str | None], x: Tensor, y: Tensor, backend: str | None, *, in_place: bool
 ) -> Tensor:
     """x, and the middle's y, to what the block gives; in_place: as torchvision's and timm's blocks add."""
-    out, bn = _called(block, parts, "conv3", y), part_of(block, parts, "bn3")
-    out, bn = run_drops(out, bn, (part_of(block, parts, "drop_path"),))
+    convolved, bn = _called(block, parts, "conv3", y), part_of(block, parts, "bn3")
+    out, bn = run_drops(convolved, bn, (part_of(block, parts, "drop_path"),))
+    source = part_of(block, parts, "conv3") if out is convolved else None
     shortcut, shortcut_bn = run_shortcut(part_of(block, parts, "downsample"), x)
     act = _activation(block, parts, "act3")
-    return run_norm_relu(out, bn, act, backend, shortcut, shortcut_bn, in_place=in_place)
+    return run_norm_relu(out, bn, act, backend, shortcut, shortcut_bn, source=source, in_place=in_place)
 
 
 def _plain_forward(block: nn.Module, parts: Mapping[str, str | None], x: Tensor) -> Tensor:

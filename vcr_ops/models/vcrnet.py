@@ -144,7 +144,7 @@ class VCRNet(nn.Module):
 
     def _stem(self, x: Tensor, stages: Sequence[str] = _STAGES) -> Tensor:
         check_network(self, x, stages)
-        return run_norm_relu(self.conv1(x), self.bn1, self.relu, self.backend)
+        return run_norm_relu(self.conv1(x), self.bn1, self.relu, self.backend, source=self.conv1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """x (N, in_chans, *spatial) to the last stage's map, (N, num_features, *smaller)."""

@@ -103,11 +103,13 @@ class VCRBlock(nn.Module):
         check_block(self, x, m.get)
         relu, backend = m["relu"], self.backend
         shortcut, shortcut_bn = run_shortcut(self.downsample, x)
-        y = run_norm_relu(m["conv1"](x), m["bn1"], relu, backend)
+        y = run_norm_relu(m["conv1"](x), m["bn1"], relu, backend, source=m["conv1"])
         y = m["conv2"](y)
         y = run_middle(y, m["bn2"], m["sampler"], m["reasoner"], m["modulator"], self.modulation, backend)
-        out, bn = run_drops(m["conv3"](y), m["bn3"], (m["dropout"], m["drop_path"]))
-        return run_norm_relu(out, bn, relu, backend, shortcut, shortcut_bn)
+        convolved = m["conv3"](y)
+        out, bn = run_drops(convolved, m["bn3"], (m["dropout"], m["drop_path"]))
+        source = m["conv3"] if out is convolved else None
+        return run_norm_relu(out, bn, relu, backend, shortcut, shortcut_bn, source=source)
 
     def extra_repr(self) -> str:
         return f"modulation={self.modulation!r}, backend={self.backend!r}"

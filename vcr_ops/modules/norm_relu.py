@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..backend import case_of, resolve
 from ..ops.dispatch import needs_grad
-from ..ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu
+from ..ops.norm_relu.op import NO_NORM, NormConstants, batch_norm_relu, norm_relu, norm_relu_
 from .batch_norm import (
     BATCH_NORM_CLASSES,
+    CONVOLUTIONS,
     SYNCHRONISED,
     are_plain,
     has_global_hook,
@@ -20,6 +21,7 @@ from .batch_norm import (
 from .drop_path import DropPath
 from .running_stats import update_running_stats
 
+_CONVOLUTIONS = tuple(CONVOLUTIONS.values())
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -31,16 +33,20 @@ def run_norm_relu(
     shortcut: Tensor | None = None,
     shortcut_bn: Any = None,
     *,
+    source: nn.Module | None = None,
     in_place: bool = True,
 ) -> Tensor:
     """relu(bn(y) + shortcut_bn(shortcut)); y (N, channels, *spatial), and what is None is left out.
 
-    relu: a module or torch.relu. in_place: bn(y) may be overwritten. One op where calling the modules would do the same
-    to rounding: with the batch's statistics (then shortcut_bn is called), and with given ones where no gradient is
-    wanted. Elsewhere, and under a compiler, which fuses them itself, the modules are called.
+    relu: a module or torch.relu. source: the module whose output y is, and nothing else's; where that is a convolution
+    of PyTorch's, and no gradient is wanted, y is overwritten. in_place: bn(y) may be overwritten.
+
+    One op where calling the modules would do the same to rounding: with the batch's statistics (then shortcut_bn is
+    called), and with given ones where no gradient is wanted. Elsewhere, and under a compiler, which fuses them itself,
+    the modules are called.
     """
     if _may_fuse(y, relu, shortcut):
-        out = _fused(y, bn, backend, shortcut, shortcut_bn)
+        out = _fused(y, bn, backend, shortcut, shortcut_bn, source)
         if out is not None:
             return out
     out = y if bn is None else bn(y)
@@ -92,7 +98,9 @@ def _may_fuse(y: Tensor, relu: Any, shortcut: Tensor | None) -> bool:
     return type(shortcut) is Tensor and shortcut.is_cpu and shortcut.dtype == y.dtype and shortcut.shape == y.shape
 
 
-def _fused(y: Tensor, bn: Any, backend: str | None, shortcut: Tensor | None, shortcut_bn: Any) -> Tensor | None:
+def _fused(
+    y: Tensor, bn: Any, backend: str | None, shortcut: Tensor | None, shortcut_bn: Any, source: nn.Module | None
+) -> Tensor | None:
     """The one op's result; None where the modules must be called."""
     norm, other = _constants(bn, y), _constants(shortcut_bn, y)
     if norm is None or other is None:
@@ -105,7 +113,17 @@ def _fused(y: Tensor, bn: Any, backend: str | None, shortcut: Tensor | None, sho
         return out
     if needs_grad(y, shortcut, norm.weight, norm.bias, other.weight, other.bias):
         return None
-    return norm_relu(y, norm, shortcut, other) if resolve(backend, case_of(y)).name == "cpp" else None
+    if resolve(backend, case_of(y)).name != "cpp":
+        return None
+    run = norm_relu_ if source is not None and _is_fresh(y, source) else norm_relu
+    return run(y, norm, shortcut, other)
+
+
+def _is_fresh(y: Tensor, source: nn.Module) -> bool:
+    """True where nobody but the caller can have seen y, its convolution's output."""
+    if type(source) not in _CONVOLUTIONS or not are_plain(source) or torch._C._len_torch_dispatch_stack():
+        return False
+    return y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
 
 
 def _constants(bn: Any, y: Tensor) -> NormConstants | None:

@@ -1,6 +1,7 @@
 """relu(batch norm + shortcut) on CPUs: what the C++ ops need beside their kernels.
 
-``norm_relu`` has given statistics and no gradients, ``batch_norm_relu`` the batch's, and gradients.
+``norm_relu`` and, in place, ``norm_relu_`` have given statistics and no gradients, ``batch_norm_relu`` the batch's, and
+gradients.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ...maps import acc_dtype, empty_map_like
 from ..dispatch import OpOverload, call, call_backward, check_devices, like_parameter, needs_grad, present
 
 _given: OpOverload = None
+_given_in_place: OpOverload = None
 _batch: OpOverload = None
 _batch_backward: OpOverload = None
 
@@ -42,6 +44,14 @@ def norm_relu(
         A new map in y's dtype and memory format.
     """
     return call("cpp", _given, y, *norm, shortcut, *shortcut_norm)
+
+
+def norm_relu_(
+    y: Tensor, norm: NormConstants, shortcut: Tensor | None = None, shortcut_norm: NormConstants = NO_NORM
+) -> Tensor:
+    """``norm_relu`` into y, which is returned: a dense contiguous or channels_last map that nothing else needs."""
+    call("cpp", _given_in_place, y, *norm, shortcut, *shortcut_norm)
+    return y
 
 
 def batch_norm_relu(
@@ -104,6 +114,10 @@ def _fake(y: Tensor, *others: Any) -> Tensor:
     return empty_map_like(y)
 
 
+def _fake_in_place(y: Tensor, *others: Any) -> None:
+    check_devices("norm_relu_", y, *(x for x in others if isinstance(x, Tensor)))
+
+
 def _fake_batch(
     y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shortcut: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -140,17 +154,18 @@ def _no_double_backward(ctx: Any, *grads: Any) -> None:
 
 @on_load
 def _register() -> None:
-    global _given, _batch, _batch_backward
+    global _given, _given_in_place, _batch, _batch_backward
     from torch.utils.flop_counter import register_flop_formula
 
     library, ops = torch.library, torch.ops.vcr_ops
     library.register_fake("vcr_ops::norm_relu", _fake)
+    library.register_fake("vcr_ops::norm_relu_", _fake_in_place)
     library.register_fake("vcr_ops::batch_norm_relu", _fake_batch)
     library.register_fake("vcr_ops::batch_norm_relu_backward", _fake_batch_backward)
     library.register_autograd("vcr_ops::norm_relu", _no_backward)
     library.register_autograd("vcr_ops::batch_norm_relu", _op_backward, setup_context=_setup_context)
     library.register_autograd("vcr_ops::batch_norm_relu_backward", _no_double_backward)
-    for op in (ops.norm_relu, ops.batch_norm_relu, ops.batch_norm_relu_backward):
+    for op in (ops.norm_relu, ops.norm_relu_, ops.batch_norm_relu, ops.batch_norm_relu_backward):
         register_flop_formula(op)(lambda *args, **kwargs: 0)  # as PyTorch counts the ops that they stand for
-    _given, _batch = ops.norm_relu.default, ops.batch_norm_relu.default
+    _given, _given_in_place, _batch = ops.norm_relu.default, ops.norm_relu_.default, ops.batch_norm_relu.default
     _batch_backward = ops.batch_norm_relu_backward.default
