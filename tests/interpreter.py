@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pytest
 
-from . import interpreter_speed
+from . import interpreter_patches
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 REPORTS = "VCR_OPS_TEST_REPORTS"  # the environment variable that tells a child where its reports go
@@ -135,5 +135,5 @@ def plugin() -> object:
     if not INTERPRETED:
         return InParent()
     if importlib.util.find_spec("triton") is not None:
-        interpreter_speed.speed_up()
+        interpreter_patches.apply()
     return InChild()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import python_ref
 import vcr_ops
-from tests import grid, interpreter_speed
+from tests import grid, interpreter_patches
 from tests.closeness import Closeness, Result
 from tests.grid import Case
 from tests.small import BACKENDS, VARIANTS, assert_same, feature_map
@@ -266,7 +266,7 @@ def test_what_is_said(found: Any) -> None:
 
 
 def work_on_triton(rank: int, folder: str) -> None:
-    interpreter_speed.speed_up()
+    interpreter_patches.apply()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         m = vcr_ops.SyncBatchNorm.convert_sync_batchnorm(make("triton"))
