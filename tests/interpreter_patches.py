@@ -25,6 +25,7 @@ def apply() -> None:
     patch_once(tl, interpreter)
     remember_types(tl, interpreter)
     remember_operands(tl, semantic.TritonSemantic)
+    compute_quickly(tl, semantic.TritonSemantic)
     index_quickly(tl)
     round_to_bfloat16(tl, interpreter)
     builder = interpreter.interpreter_builder
@@ -114,7 +115,7 @@ def remember_operands(tl: Any, semantic: Any) -> None:
 
     Arrays aren't broadcast to the type that both get, since the operation does so itself.
     """
-    check, broadcast, cast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value, semantic.cast
+    check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
     tensor = tl.tensor
     pairs: dict[Any, Any] = {}  # what they hold keeps the types, and so their ids
     shapes: dict[Any, Any] = {}
@@ -154,13 +155,8 @@ def remember_operands(tl: Any, semantic: Any) -> None:
     def retyped(self: Any, x: Any, wanted: Any) -> Any:
         if x.type.__dict__ is wanted.__dict__:
             return x
-        x = quick_cast(self, x, wanted.scalar)
+        x = self.cast(x, wanted.scalar)
         return x if x.type.__dict__ is wanted.__dict__ else tensor(x.handle, wanted)
-
-    def quick_cast(self: Any, x: Any, dst_ty: Any, *rounding: Any, **named: Any) -> Any:
-        if x.type.scalar.__dict__ is dst_ty.scalar.__dict__:
-            return x
-        return cast(self, x, dst_ty, *rounding, **named)
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type.__dict__, rhs.type.__dict__
@@ -175,7 +171,48 @@ def remember_operands(tl: Any, semantic: Any) -> None:
         return (lhs, rhs) if known[0] else broadcast(self, lhs, rhs)
 
     semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
-    semantic.broadcast_impl_value, semantic.cast = broadcast_impl_value, quick_cast
+    semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def compute_quickly(tl: Any, semantic: Any) -> None:
+    """Sums, products and casts of numbers that NumPy has, too, are NumPy's."""
+    from triton.runtime.interpreter import TensorHandle
+
+    tensor = tl.tensor
+    numbers = {id(x.__dict__) for x in (tl.int32, tl.int64, tl.float32, tl.float64)}
+    cast = semantic.cast
+    casts: dict[Any, Any] = {}  # what they hold keeps the types, and so their ids
+
+    def quick(name: str, function: Any, *pointers: bool) -> None:
+        slow = getattr(semantic, name)
+
+        def operation(self: Any, x: Any, y: Any, *options: Any) -> Any:
+            a, b = self.binary_op_type_checking_impl(x, y, *pointers)
+            if id(a.dtype.__dict__) in numbers and a.type.__dict__ is b.type.__dict__:
+                return tensor(TensorHandle(function(a.handle.data, b.handle.data), a.handle.dtype), a.type)
+            return slow(self, x, y, *options)
+
+        setattr(semantic, name, operation)
+
+    def quick_cast(self: Any, x: Any, dst_ty: Any, *rounding: Any, **named: Any) -> Any:
+        to = dst_ty.scalar.__dict__
+        if x.dtype.__dict__ is to:
+            return x
+        key = (id(x.type.__dict__), id(to))
+        known = casts.get(key)
+        if known is None:
+            found = cast(self, x, dst_ty, *rounding, **named)
+            simple = {id(x.dtype.__dict__), id(to)} <= numbers
+            casts[key] = simple, found.type, found.handle.data.dtype, found.handle.dtype, x.type, dst_ty
+            return found
+        if not known[0]:
+            return cast(self, x, dst_ty, *rounding, **named)
+        return tensor(TensorHandle(x.handle.data.astype(known[2]), known[3]), known[1])
+
+    quick("add", np.add, True, True)
+    quick("sub", np.subtract, True, False)
+    quick("mul", np.multiply)
+    semantic.cast = quick_cast
 
 
 def index_quickly(tl: Any) -> None:

@@ -197,7 +197,7 @@ def problems() -> list[tuple[str, Problem]]:
         places += [(arch, layout, size, "evaluation", BATCHES, DTYPES) for size in sizes]
     for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS)):
         places.append((arch, layout, STAGES[i % len(STAGES)], mode, BATCHES, DTYPES))
-    modes = ("training", "evaluation", "evaluation", "single ops", "evaluation")
+    modes = ("training", "evaluation", "evaluation", "single ops", "evaluation", "evaluation", "evaluation")
     for i, (stage, layout, arch) in enumerate(itertools.product(STAGES, LAYOUTS, ARCHS)):
         places.append((arch, layout, stage, modes[i % len(modes)], BATCHES, (torch.float64,)))
     variants = list(itertools.product((*DTYPES, torch.float64), BATCHES, LOOKS, EDGES, AFFINES))
