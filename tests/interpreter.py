@@ -7,7 +7,6 @@ works beside this process; its reports arrive one by one through a file, and the
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+
+from . import interpreter_patches
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 REPORTS = "VCR_OPS_TEST_REPORTS"  # the environment variable that tells a child where its reports go
@@ -134,75 +135,5 @@ def plugin() -> object:
     if not INTERPRETED:
         return InParent()
     if importlib.util.find_spec("triton") is not None:
-        speed_up()
+        interpreter_patches.apply()
     return InChild()
-
-
-def speed_up() -> None:
-    """Spare the interpreter what it does again and again; about two thirds of its time.
-
-    It replaces triton.language's functions whenever a kernel calls a function, though once a launch is enough. It does
-    every addition of ints a second time in 64 bits, which no map that it can run needs. And it works out the same few
-    types, and what every value of such a type has alike, for every value.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    languages: dict[Any, frozenset[int]] = {}
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        if function not in languages:
-            modules = function.__globals__.values()
-            languages[function] = frozenset(id(x) for x in modules if x is tl or x is tl.core)
-        if languages[function] <= patched:
-            return None
-        patched.update(languages[function])
-        return patch(function)
-
-    def run_grid(self: Any, *args: Any, **options: Any) -> Any:
-        patched.clear()  # at its end, a launch puts back what it has replaced
-        types.clear()
-        return run(self, *args, **options)
-
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = run_grid
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    types = remember_types(tl, interpreter)
-
-
-def remember_types(tl: Any, interpreter: Any) -> dict[Any, dict[str, Any]]:
-    """All of ``block_type(element, shape)``, and of ``tensor(handle, type)`` but the handle, depends on nothing else.
-
-    Returns what is remembered of block types; pointers' types are new ones in every launch.
-    """
-    make_type, make_tensor, make_np_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    types: dict[Any, dict[str, Any]] = {}  # what they hold keeps the element's type, and so its id
-
-    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (id(element_ty), *[x.value if isinstance(x, tl.constexpr) else x for x in shape])
-        known = types.get(key)
-        if known is None:
-            make_type(self, element_ty, shape)
-            types[key] = self.__dict__
-        else:
-            self.__dict__ = known
-
-    def tensor(self: Any, handle: Any, type: Any) -> None:
-        known = type.__dict__.get("of_tensors")
-        if known is None:
-            make_tensor(self, handle, type)
-            type.of_tensors = {name: x for name, x in self.__dict__.items() if name != "handle"}
-        else:
-            self.__dict__.update(known)
-            self.handle = handle
-
-    def np_dtype(type: Any) -> Any:
-        if "of_arrays" not in type.__dict__:
-            type.of_arrays = make_np_dtype(type)
-        return type.of_arrays
-
-    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = block_type, tensor, np_dtype
-    return types

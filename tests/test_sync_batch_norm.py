@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import python_ref
 import vcr_ops
-from tests import grid
+from tests import grid, interpreter_patches
 from tests.closeness import Closeness, Result
 from tests.grid import Case
 from tests.small import BACKENDS, VARIANTS, assert_same, feature_map
@@ -266,6 +266,7 @@ def test_what_is_said(found: Any) -> None:
 
 
 def work_on_triton(rank: int, folder: str) -> None:
+    interpreter_patches.apply()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         m = vcr_ops.SyncBatchNorm.convert_sync_batchnorm(make("triton"))
@@ -283,7 +284,7 @@ def test_two_processes_on_triton(tmp_path: Path) -> None:
     assert "over 2 processes, by the same passes, as ops of their own" in first[1]
 
 
-STEPPED = [case for case in TWO if case.size not in ("N2C2p8S257", "N2C32p4S63")]
+STEPPED = [case for case in TWO if case.size != "N2C32p4S63"]  # seconds in the interpreter
 
 
 @pytest.mark.triton

@@ -183,21 +183,24 @@ def compile_kernel(kernel: Kernel) -> Result:
 def problems() -> list[tuple[str, Problem]]:
     """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
     in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
-    layout op by op and step by step.
+    layout op by op and step by step. In float64, which is for checks of gradients, each of them in one mode.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
-    places: list[tuple[Any, ...]] = []  # with the batches that are to choose from
+    places: list[tuple[Any, ...]] = []  # with the batches and types that are to choose from
     for arch, layout in itertools.product(ARCHS, LAYOUTS):
         batches = ((1,), (256, 1024)) if layout == "channels_last" else (BATCHES,)
-        places += [(arch, layout, stage, "training", some) for stage, some in itertools.product(STAGES, batches)]
+        places += [
+            (arch, layout, stage, "training", some, DTYPES) for stage, some in itertools.product(STAGES, batches)
+        ]
         sizes = STAGES + LARGE + OTHER[layout]
-        places += [(arch, layout, size, "evaluation", BATCHES) for size in sizes]
-    places += [
-        (arch, layout, STAGES[i % len(STAGES)], mode, BATCHES)
-        for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS))
-    ]
-    variants = list(itertools.product(DTYPES, BATCHES, LOOKS, EDGES, AFFINES))
+        places += [(arch, layout, size, "evaluation", BATCHES, DTYPES) for size in sizes]
+    for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS)):
+        places.append((arch, layout, STAGES[i % len(STAGES)], mode, BATCHES, DTYPES))
+    modes = ("training", "evaluation", "evaluation", "single ops", "evaluation", "evaluation", "evaluation")
+    for i, (stage, layout, arch) in enumerate(itertools.product(STAGES, LAYOUTS, ARCHS)):
+        places.append((arch, layout, stage, modes[i % len(modes)], BATCHES, (torch.float64,)))
+    variants = list(itertools.product((*DTYPES, torch.float64), BATCHES, LOOKS, EDGES, AFFINES))
     seen: set[Any] = set()
 
     def news(choices: tuple[Any, ...]) -> tuple[int, int]:
@@ -207,8 +210,9 @@ def problems() -> list[tuple[str, Problem]]:
         return pairs, threes
 
     found = []
-    for *place, some in places:
-        choices = max(((*place, *variant) for variant in variants if variant[1] in some), key=news)
+    for *place, batches, dtypes in places:
+        free = (variant for variant in variants if variant[0] in dtypes and variant[1] in batches)
+        choices = max(((*place, *variant) for variant in free), key=news)
         numbered = list(enumerate(choices))
         seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))
         arch, layout, (p, size), mode, dtype, n, (sampler, modulation), edges, affine = choices

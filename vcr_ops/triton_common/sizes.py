@@ -13,6 +13,7 @@ ONE_TILE = 16384  # elements that a program keeps in registers, to read a map on
 MERGED_TILE = 16384  # of one image's states, to merge what its splits have found
 LARGEST_TILE = 32768  # elements; more than a program's registers, so only for wide concepts
 SMALL_TILE = 8192  # elements of a tile that holds no part of the map
+WIDE = 8  # how many times smaller these two are for float64: its numbers, and what is computed of them, spill otherwise
 
 
 class Sizes(NamedTuple):
@@ -88,7 +89,7 @@ def splits_of(found: dict[str, int], S: int) -> int:
 def sample_config(size: Sizes, save: bool) -> dict[str, int]:
     """The sampler's configuration. In evaluation a tile is all positions of its concepts, where that isn't too much."""
     found = size.config("concept_sample" if save else "concept_sample_inference")
-    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"]
+    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"] * (WIDE if size.itemsize == 8 else 1)
     if save or whole > ONE_TILE:
         return found
     return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // 1024)}
@@ -102,6 +103,8 @@ def sampler_splits(size: Sizes, found: dict[str, int], save: bool) -> int:
     return splits_of(found, size.S) if save and mergeable else 1
 
 
-def rows_at_once(width: int, rows: int) -> int:
-    """How many rows of small numbers a prologue loads at a time."""
-    return max(1, min(power_of_two(max(rows, 1)), SMALL_TILE // width))
+def rows_at_once(width: int, rows: int, itemsize: int = 4) -> int:
+    """How many rows of small numbers a prologue loads at a time. itemsize: bytes of a feature, where much is made of
+    them."""
+    tile = SMALL_TILE // (WIDE if itemsize == 8 else 1)
+    return max(1, min(power_of_two(max(rows, 1)), tile // width))

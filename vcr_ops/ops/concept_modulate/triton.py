@@ -108,7 +108,7 @@ def backward(
         *gradients[:5],
         N,
         **small,
-        BN=rows_at_once(power_of_two(p) * power_of_two(pt), max(N, 1)),
+        BN=rows_at_once(power_of_two(p) * power_of_two(pt), N, size.itemsize),
         num_warps=4,
     )
     if attention is not None:

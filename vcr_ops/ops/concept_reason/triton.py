@@ -169,7 +169,7 @@ def backward(
         **constants,
         C2=c2,
         EDGES=edges,
-        BN=rows_at_once(c2 * pt2, N),
+        BN=rows_at_once(c2 * pt2, N, h.element_size()),
         num_warps=8,
     )
     return dh, *gradients

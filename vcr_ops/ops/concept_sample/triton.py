@@ -124,7 +124,7 @@ def backward(
         **size.small_constants,
         SAMPLER=sampler,
         EXTRA=extra,
-        BN=rows_at_once(power_of_two(p) * power_of_two(pt), N),
+        BN=rows_at_once(power_of_two(p) * power_of_two(pt), N, size.itemsize),
         num_warps=8,
     )
     found = size.config("middle_input_grad")
