@@ -104,7 +104,8 @@ Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalT
     f.norm_mean = data<A>(mean), f.norm_var = data<A>(variance);
     f.state_mean = data<A>(batch_state_mean), f.state_var = data<A>(batch_state_var);
     device.run(f);
-    return {out, mean, variance, batch_state_mean, batch_state_var, saved};
+    return {std::move(out),  std::move(mean), std::move(variance), std::move(batch_state_mean), std::move(batch_state_var),
+            std::move(saved)};
   });
 }
 
@@ -137,20 +138,23 @@ Backward middle_backward(const Tensor& grad_out, const Tensor& y, const Optional
     f.grad_out = grad.template map<T>();
     f.dy = output_map<T>(dy);
     f.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
-    const OptionalTensor parameters[] = {norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                                         state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias};
+    const Tensor* const parameters[] = {pointer(norm_weight), pointer(norm_bias),    pointer(value),        pointer(query),
+                                        pointer(key),         pointer(logit),        pointer(edge),         pointer(state_weight),
+                                        pointer(state_bias),  pointer(scale_weight), pointer(shift_weight), pointer(scale_bias),
+                                        pointer(shift_bias)};
     Tensor g[13];
     for (int i = 0; i < 13; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
-    const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
+    const auto to = [&](int i) { return parameters[i] != nullptr ? data<A>(g[i]) : nullptr; };
     // the batch norm of states always reports its sums, also where it has no weights
     Tensor unused = new_small<A>(device.place(), {2 * pr.pt});
     f.grads = {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9), to(10), to(11), to(12)};
     if (f.grads.state_weight == nullptr) f.grads.state_weight = data<A>(unused);
     if (f.grads.state_bias == nullptr) f.grads.state_bias = data<A>(unused) + pr.pt;
     device.run(f);
-    for (int i = 0; i < 13; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
+    for (int i = 0; i < 13; ++i) to_type_of<A>(device, parameters[i], g[i]);
     device.finish();
-    return {dy, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12]};
+    return {std::move(dy),   std::move(g[0]), std::move(g[1]), std::move(g[2]), std::move(g[3]),  std::move(g[4]),  std::move(g[5]),
+            std::move(g[6]), std::move(g[7]), std::move(g[8]), std::move(g[9]), std::move(g[10]), std::move(g[11]), std::move(g[12])};
   });
 }
 
