@@ -162,6 +162,11 @@ def vcr_middle(
     return 2 * (math.prod(y) * per_element + small)
 
 
+def vcr_middle_infer(*arguments: Any, **_: Any) -> int:
+    """FLOPs of vcr_ops::vcr_middle_infer."""
+    return vcr_middle(*arguments, False)
+
+
 def vcr_middle_backward(
     grad_out: Any,
     y: Shape,

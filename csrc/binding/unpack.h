@@ -175,18 +175,34 @@ template <class A, class Device>
 class Params {
  public:
   explicit Params(Device& device) : device_(device) {}
+  // Parameters are refused that have neither the features' type nor float32.
+  Params(Device& device, ScalarType features) : device_(device), features_(features) {}
   const A* operator()(const OptionalTensor& t, int64_t count, const char* name) {
     return t.has_value() ? (*this)(*t, count, name) : nullptr;
   }
   const A* operator()(const Tensor& t, int64_t count, const char* name) {
     require(t.numel() == count && device_.has(t), name);
-    if (t.scalar_type() == scalar_type<A>() && t.is_contiguous()) return static_cast<const A*>(t.const_data_ptr());
+    const ScalarType type = t.scalar_type();
+    if (type == scalar_type<A>() && t.is_contiguous()) return static_cast<const A*>(t.const_data_ptr());
+    require(features_ == ScalarType::Undefined || type == features_ || type == ScalarType::Float, name);
+    return converted(t);
+  }
+  // Statistics may have any type that features may have.
+  const A* statistic(const OptionalTensor& t, int64_t count, const char* name) {
+    require(t.has_value() && t->numel() == count && device_.has(*t), name);
+    if (t->scalar_type() == scalar_type<A>() && t->is_contiguous()) return static_cast<const A*>(t->const_data_ptr());
+    Device::dispatch(t->scalar_type(), [](auto) {});  // refuses others
+    return converted(*t);
+  }
+
+ private:
+  const A* converted(const Tensor& t) {
     held_.push_back(device_.converted(dense_contiguous(t), scalar_type<A>()));
     return static_cast<const A*>(held_.back().const_data_ptr());
   }
 
- private:
   Device& device_;
+  ScalarType features_ = ScalarType::Undefined;  // any type will do
   std::vector<Tensor> held_;
 };
 

@@ -5,6 +5,28 @@
 namespace vcr {
 namespace {
 
+// With given statistics, and no backward pass to follow: the map alone is returned, which spares five tensors.
+Tensor middle_infer(VCR_FORWARD) {
+  Cpu device(y);
+  const ScalarType features = y.scalar_type();
+  return Cpu::dispatch(features, [&](auto type) -> Tensor {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const MapInput map(y);
+    Params<A, Cpu> get(device, features);
+    MiddleOptions options = options_of(norm, sampler, edges, modulation);
+    options.save = false, options.norm_eps = norm_eps, options.state_eps = state_eps;
+    require(options.norm != Norm::batch && state_mean.has_value(), "inference takes given statistics");
+    MiddleForward<T> f = unpack_forward<T>(map, get, norm_mean, norm_var, VCR_FORWARD_LEARNED, state_mean, state_var, options);
+    Tensor out = new_map(map.tensor(), map.shape());
+    const Cpu::Scratch<A> unsaved(device, MiddleSaved<A>::size(f.problem, false));
+    f.out = output_map<T>(out);
+    f.saved = unsaved.get();
+    device.run(f);
+    return out;
+  });
+}
+
 // The ops that make the passes one by one, so that statistics can be exchanged between processes in between.
 
 template <class A>
@@ -212,18 +234,20 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
 
 }  // namespace
 
+#define VCR_FORWARD_SCHEMA                                                                                                        \
+  "Tensor y, Tensor? norm_mean, Tensor? norm_var, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, "          \
+  "Tensor? key, Tensor? logit, Tensor? edge, Tensor? state_mean, Tensor? state_var, Tensor? state_weight, Tensor? state_bias, "   \
+  "Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, str norm, float norm_eps, float state_eps, " \
+  "str sampler, str edges, str modulation"
 #define VCR_LEARNED_SCHEMA                                                                                          \
   "Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, Tensor? logit, Tensor? edge, " \
   "Tensor? state_weight, Tensor? state_bias, Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, "
 #define VCR_VARIANT_SCHEMA "str norm, str sampler, str edges, str modulation"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
-  m.def(
-      "vcr_middle(Tensor y, Tensor? norm_mean, Tensor? norm_var, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, "
-      "Tensor? key, Tensor? logit, Tensor? edge, Tensor? state_mean, Tensor? state_var, Tensor? state_weight, Tensor? state_bias, "
-      "Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, str norm, float norm_eps, float state_eps, "
-      "str sampler, str edges, str modulation, bool save) -> (Tensor out, Tensor norm_mean, Tensor norm_var, Tensor state_mean, "
-      "Tensor state_var, Tensor saved)");
+  m.def("vcr_middle(" VCR_FORWARD_SCHEMA
+        ", bool save) -> (Tensor out, Tensor norm_mean, Tensor norm_var, Tensor state_mean, Tensor state_var, Tensor saved)");
+  m.def("vcr_middle_infer(" VCR_FORWARD_SCHEMA ") -> Tensor out");
   m.def(
       "vcr_middle_backward(Tensor grad_out, Tensor y, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, "
       "Tensor? logit, Tensor? edge, Tensor? state_weight, Tensor? state_bias, Tensor? scale_weight, Tensor? shift_weight, "
@@ -249,6 +273,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
   m.impl("vcr_middle", &boxed<middle<Cpu>>);
+  m.impl("vcr_middle_infer", &boxed<middle_infer>);
   m.impl("vcr_middle_backward", &boxed<middle_backward<Cpu>>);
   m.impl("vcr_middle_stats", &boxed<middle_stats>);
   m.impl("vcr_middle_states", &boxed<middle_states>);

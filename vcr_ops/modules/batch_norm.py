@@ -45,12 +45,13 @@ def has_global_hook() -> bool:
 def are_plain(*modules: nn.Module) -> bool:
     """True where calling the modules does nothing but their classes' forward: no hooks, no forward of their own."""
     for module in modules:
+        own = module.__dict__  # past nn.Module.__getattr__, which makes every look-up slow
         if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return False
     return True
@@ -76,7 +77,10 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
     if not isinstance(bn, _BatchNorm) and is_frozen(bn):
         return False
-    return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
+    if bn.training:
+        return True
+    buffers = bn._buffers
+    return buffers["running_mean"] is None and buffers["running_var"] is None
 
 
 def sync_group(bn: Any) -> Group | None:
