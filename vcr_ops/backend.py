@@ -261,8 +261,9 @@ def case_of(z: Tensor, is_map: bool = True) -> Case:
 
 
 def takes_cpp(requested: str | None, z: Tensor) -> bool:
-    """True where :func:`resolve` gives "cpp" for an op on ``z`` that is called now, and nothing looks on: the hot path's
-    short cut. Not for a compiler to trace.
+    """True where :func:`resolve` gives "cpp" for an op on ``z`` that is called now, and nothing looks on.
+
+    The hot path's short cut; not for a compiler to trace.
     """
     if type(z) is not Tensor and type(z) is not Parameter:
         return False

@@ -147,10 +147,10 @@ def vcr_middle(
     sampler: str,
     edges: str,
     modulation: str,
-    save: bool,
+    save: bool = False,
     **_: Any,
 ) -> int:
-    """FLOPs of vcr_ops::vcr_middle."""
+    """FLOPs of vcr_ops::vcr_middle, and of vcr_middle_infer, which saves nothing."""
     n, channels = y[:2]
     concepts, _p, pt = value
     weights = (scale_weight is not None) + (shift_weight is not None)
@@ -160,11 +160,6 @@ def vcr_middle(
     small = _sample_small(n, channels, pt, sampler) + _reason_small(n, concepts, pt, edges)
     small += _modulate_small(n, channels, pt, weights)
     return 2 * (math.prod(y) * per_element + small)
-
-
-def vcr_middle_infer(*arguments: Any, **_: Any) -> int:
-    """FLOPs of vcr_ops::vcr_middle_infer."""
-    return vcr_middle(*arguments, False)
 
 
 def vcr_middle_backward(

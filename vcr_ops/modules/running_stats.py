@@ -60,9 +60,10 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool,
     counters, running, batch = [], [], []
     together = tracing() != "torch.func"  # which has no rules for lists of tensors
     for bn, mean, var in updates:
-        if not (bn.training and bn.track_running_stats):
+        own = bn.__dict__  # past nn.Module.__getattr__, which is slow
+        if not (own["training"] and own["track_running_stats"]):
             continue
-        buffers, momentum = bn._buffers, bn.momentum
+        buffers, momentum = own["_buffers"], own["momentum"]
         counter = buffers["num_batches_tracked"]
         if counter is not None:
             counters.append(counter)

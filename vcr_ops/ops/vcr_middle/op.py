@@ -328,5 +328,5 @@ def _register() -> None:
     )
     torch.library.register_fake("vcr_ops::vcr_middle_infer", _fake_infer)
     torch.library.register_autograd("vcr_ops::vcr_middle_infer", _no_backward)
-    register_flop_formula(torch.ops.vcr_ops.vcr_middle_infer)(flops.vcr_middle_infer)
+    register_flop_formula(torch.ops.vcr_ops.vcr_middle_infer)(flops.vcr_middle)
     _infer = torch.ops.vcr_ops.vcr_middle_infer.default
