@@ -1,4 +1,4 @@
-"""Proves: a call of an op leaves no memory behind, and the op for inference is the whole middle's."""
+"""Proves: a call leaves no memory behind, and what the hot path takes instead of other calls does as they do."""
 
 import itertools
 import sys
@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 import vcr_ops
 from vcr_ops import VisualConceptReasoning, backend, use_backend
+from vcr_ops.ops.running_stats.op import move_running_stats
 
 from .ops import adapters
 from .test_registration import forward_arguments
@@ -156,3 +157,87 @@ def test_wrong_types_are_told_on_the_hot_path(training):
                 m(y)
         m.bn.running_mean = torch.zeros(8, dtype=torch.float64)
         assert m(y).dtype is torch.float32
+
+
+def norms_to_move(dtype, channels=(5, 3)):
+    """Whole numbers, so that no order of operations rounds."""
+    norms = []
+    for i, size in enumerate(channels):
+        norms.append(torch.tensor(7 + i))
+        norms += [torch.randint(-8, 8, (size,)).to(dtype) for _ in range(4)]
+    return norms
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2])
+def test_running_statistics_move_as_torch_moves_them(count, dtype, momentum):
+    norms = norms_to_move(dtype)[: 5 * count]
+    expected = [x.clone() for x in norms]
+    for begin in range(0, 5 * count, 5):
+        counter, mean, var, batch_mean, batch_var = expected[begin : begin + 5]
+        counter.add_(1)
+        mean.lerp_(batch_mean, momentum)
+        var.lerp_(batch_var, momentum)
+    versions = [x._version for x in norms]
+    assert move_running_stats(norms, momentum)
+    for x, wanted in zip(norms, expected, strict=True):
+        assert x.equal(wanted)
+    moved = [x._version - version for x, version in zip(norms, versions, strict=True)]
+    assert moved == [1, 1, 1, 0, 0] * count
+
+
+def test_running_statistics_that_the_op_can_t_move():
+    """It says so, and none has moved."""
+    arguments = [*norms_to_move(torch.float32), 0.25]
+    torch.library.opcheck(OPS.move_running_stats.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    for place, other in (
+        (0, torch.tensor(1.0)),
+        (1, torch.zeros(5, dtype=torch.float64)),
+        (2, torch.zeros(10)[::2]),
+        (3, torch.zeros(4)),
+        (6, None),
+        (9, torch.zeros(3, dtype=torch.bfloat16)),
+    ):
+        norms = norms_to_move(torch.float32)
+        norms[place] = other
+        before = [None if x is None else x.clone() for x in norms]
+        moved = OPS.move_running_stats(*norms, 0.25)
+        if place == 6:  # one norm alone
+            assert moved
+            continue
+        assert not moved
+        assert all(x is other or x.equal(y) for x, y in zip(norms, before, strict=True))
+
+
+@pytest.mark.parametrize("change", ["nothing", "momenta", "cumulative", "strided", "float64", "inference"])
+def test_modules_move_what_the_op_can_t(change):
+    """Beside nn.BatchNorm: the counters and statistics of two batches; the op moves them in the plain case alone."""
+    m, y = VisualConceptReasoning(8, 4), torch.randn(3, 8, 3, 3)
+    plain = torch.nn.BatchNorm2d(8)
+    for bn in (m.bn, plain):
+        if change in ("momenta", "cumulative"):
+            bn.momentum = 0.5 if change == "momenta" else None
+        elif change == "strided":
+            bn.running_var = torch.ones(16)[::2]
+        elif change == "float64":
+            bn.running_mean = bn.running_mean.double()
+    from vcr_ops.modules import running_stats
+
+    counts = []
+    count = mock.Mock(side_effect=lambda *a: counts.append(move_running_stats(*a)) or counts[-1])
+    with mock.patch.object(running_stats, "move_running_stats", count):
+        for scale in (1.0, 3.0):
+            with torch.inference_mode(change == "inference"):
+                m(scale * y)
+            if change != "float64":
+                plain(scale * y)
+            else:
+                batch = scale * y.double().mean((0, 2, 3))
+                plain.running_mean.lerp_(batch, plain.momentum)
+                plain.num_batches_tracked.add_(1)
+    assert any(counts) == (change == "nothing")
+    assert m.bn.num_batches_tracked.item() == plain.num_batches_tracked.item() == 2
+    torch.testing.assert_close(m.bn.running_mean, plain.running_mean)
+    if change != "float64":
+        torch.testing.assert_close(m.bn.running_var, plain.running_var)

@@ -25,7 +25,7 @@ STEPS = tuple(
 # The middle with given statistics and nothing but the map returned; the CPU's alone.
 INFER = ("vcr_middle_infer",)
 # What stands around the middle; the CPU's alone.
-AROUND = ("norm_relu", "batch_norm_relu", "batch_norm_relu_backward")
+AROUND = ("norm_relu", "batch_norm_relu", "batch_norm_relu_backward", "move_running_stats")
 ISA_VARIABLE = "VCR_OPS_ISA"
 _REBUILD = "build it with `pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
 

@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 // The shim's numbers for what we take.
 struct ShimCodes {
   int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64(), bfloat16 = aoti_torch_dtype_bfloat16(),
-          float16 = aoti_torch_dtype_float16(), uint8 = aoti_torch_dtype_uint8();
+          float16 = aoti_torch_dtype_float16(), uint8 = aoti_torch_dtype_uint8(), int64 = aoti_torch_dtype_int64();
   int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
 
   int32_t of(ScalarType type) const {
@@ -72,6 +72,7 @@ class Tensor {
   }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
   ScalarType scalar_type() const { return shim_codes.type(ask<int32_t>(aoti_torch_get_dtype)); }  // Undefined: none that kernels take
+  bool is_int64() const { return ask<int32_t>(aoti_torch_get_dtype) == shim_codes.int64; }
   int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
   int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
   bool is_cpu() const { return device_type() == shim_codes.cpu; }
@@ -135,8 +136,8 @@ void call_boxed(R (*function)(P...), StableIValue* stack, std::index_sequence<I.
   // braces: the arguments are taken in order, each before the next
   std::tuple<std::decay_t<P>...> arguments{Argument<std::decay_t<P>>::take(stack[I])...};
   const auto put = [stack](size_t i, Tensor& result) { stack[i] = torch::stable::detail::from(result.release()); };
-  if constexpr (std::is_void_v<R>) {
-    std::apply(function, arguments);
+  if constexpr (std::is_same_v<R, bool>) {
+    stack[0] = torch::stable::detail::from(std::apply(function, arguments));
   } else if constexpr (std::is_same_v<R, Tensor>) {
     Tensor result = std::apply(function, arguments);
     put(0, result);
@@ -151,7 +152,7 @@ void call_boxed(R (*function)(P...), StableIValue* stack, uint64_t count) {
   STD_TORCH_CHECK(count == sizeof...(P), "vcr_ops: a schema has ", count, " arguments, and its kernel takes ", sizeof...(P));
   call_boxed(function, stack, std::index_sequence_for<P...>());
 }
-// What StableLibrary::impl takes for a function of tensors, strings and numbers that returns a tensor, a tuple of them or nothing.
+// What StableLibrary::impl takes for a function of tensors, strings and numbers that returns a tensor, a tuple of them or a bool.
 template <auto function>
 void boxed(StableIValue* stack, uint64_t arguments, uint64_t) {
   call_boxed(function, stack, arguments);
