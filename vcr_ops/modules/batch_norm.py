@@ -64,6 +64,15 @@ def is_plain_batch_norm(module: nn.Module | None) -> bool:
     return type(module) in BATCH_NORM_CLASSES or is_frozen(module)
 
 
+def learned(bn: Any) -> tuple[Any, Any]:
+    """A batch norm's weight and bias; a frozen one's are buffers."""
+    own = bn._parameters or bn._buffers
+    try:  # past nn.Module.__getattr__, which is slow
+        return own["weight"], own["bias"]
+    except KeyError:  # kept as plain attributes, as replicas of nn.DataParallel are
+        return bn.weight, bn.bias
+
+
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
     """ValueError where nn.BatchNorm would refuse the number of dims."""
     dims = BATCH_NORM_CLASSES.get(type(bn), ())

@@ -17,6 +17,7 @@ from .batch_norm import (
     check_dims,
     has_global_hook,
     is_plain_batch_norm,
+    learned,
     sync_group,
     uses_batch_statistics,
 )
@@ -56,24 +57,17 @@ def path_without_sync(state_group: Group | None) -> str:
     return "after norm" if state_group is None else "modules"
 
 
-def _learned(bn: Any) -> Any:
-    """Where a batch norm's weight and bias are; a frozen one's are buffers."""
-    return bn._parameters or bn._buffers
-
-
-_NO_NORM = {"weight": None, "bias": None}
-
-
 def _parameters(
     bn: Any, sampler: Any, reasoner: Any, modulator: Any, state_mean: Any, state_var: Any
 ) -> tuple[Any, ...]:
     """The schema's arguments from norm_weight to shift_bias."""
+    weight, bias = (None, None) if bn is None else learned(bn)
+    state_weight, state_bias = learned(reasoner._modules["bn"])
     try:  # past nn.Module.__getattr__, which is slow
-        n = _NO_NORM if bn is None else _learned(bn)
-        s, m, r = sampler._parameters, modulator._parameters, _learned(reasoner._modules["bn"])
+        s, m = sampler._parameters, modulator._parameters
         return (
-            n["weight"],
-            n["bias"],
+            weight,
+            bias,
             s["value"],
             s["query"],
             s["key"],
@@ -81,21 +75,20 @@ def _parameters(
             reasoner._parameters["edge"],
             state_mean,
             state_var,
-            r["weight"],
-            r["bias"],
+            state_weight,
+            state_bias,
             m["scale_weight"],
             m["shift_weight"],
             m["scale_bias"],
             m["shift_bias"],
         )
     except KeyError:  # kept as plain attributes, as replicas of nn.DataParallel are
-        r, m = reasoner.bn, modulator
-        return (
-            *((None, None) if bn is None else (bn.weight, bn.bias)),
-            *(sampler.value, sampler.query, sampler.key, sampler.logit, reasoner.edge),
-            *(state_mean, state_var, r.weight, r.bias),
-            *(m.scale_weight, m.shift_weight, m.scale_bias, m.shift_bias),
+        s, m = sampler, modulator
+        sample, state = (
+            (s.value, s.query, s.key, s.logit, reasoner.edge),
+            (state_mean, state_var, state_weight, state_bias),
         )
+        return weight, bias, *sample, *state, m.scale_weight, m.shift_weight, m.scale_bias, m.shift_bias
 
 
 def run_middle(
