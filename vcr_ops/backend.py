@@ -226,6 +226,10 @@ def tracing() -> str:
     """What is rewriting the ops that are called now: "", "torch.func", "forward-mode AD" or "ONNX export"."""
     if torch.compiler.is_compiling():
         return "ONNX export" if _in_onnx_export() else ""
+    return _tracing_eagerly()
+
+
+def _tracing_eagerly() -> str:
     if torch._C._are_functorch_transforms_active():
         return "torch.func"
     if forward_ad._current_level >= 0:
@@ -254,6 +258,22 @@ def case_of(z: Tensor, is_map: bool = True) -> Case:
     known = is_map and z.is_cuda and not fake and not torch.compiler.is_compiling()
     size = size_of(z, torch.is_grad_enabled()) if known else None
     return Case(z.device.type, rewriting, z.device.index or 0, fake, size)
+
+
+def takes_cpp(requested: str | None, z: Tensor) -> bool:
+    """True where :func:`resolve` gives "cpp" for an op on ``z`` that is called now, and nothing looks on.
+
+    The hot path's short cut; not for a compiler to trace.
+    """
+    if type(z) is not Tensor and type(z) is not Parameter:
+        return False
+    if requested is None or requested == "auto":
+        requested = _context.name or ENVIRONMENT
+        if requested and requested != "auto" and requested != "cpp":
+            return False
+    elif requested != "cpp":
+        return False
+    return z.is_cpu and library.has_library() and not torch._C._len_torch_dispatch_stack() and not _tracing_eagerly()
 
 
 def _is_fake(z: Tensor) -> bool:

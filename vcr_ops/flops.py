@@ -147,10 +147,10 @@ def vcr_middle(
     sampler: str,
     edges: str,
     modulation: str,
-    save: bool,
+    save: bool = False,
     **_: Any,
 ) -> int:
-    """FLOPs of vcr_ops::vcr_middle."""
+    """FLOPs of vcr_ops::vcr_middle, and of vcr_middle_infer, which saves nothing."""
     n, channels = y[:2]
     concepts, _p, pt = value
     weights = (scale_weight is not None) + (shift_weight is not None)

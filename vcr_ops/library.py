@@ -22,8 +22,10 @@ STEPS = tuple(
     f"vcr_middle_{name}"
     for name in ("stats", "states", "modulate", "backward_sums", "backward_states", "backward_input")
 )
+# The middle with given statistics and nothing but the map returned; the CPU's alone.
+INFER = ("vcr_middle_infer",)
 # What stands around the middle; the CPU's alone.
-AROUND = ("norm_relu", "norm_relu_", "batch_norm_relu", "batch_norm_relu_backward")
+AROUND = ("norm_relu", "norm_relu_", "batch_norm_relu", "batch_norm_relu_backward", "move_running_stats")
 ISA_VARIABLE = "VCR_OPS_ISA"
 _REBUILD = "build it with `pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
 
@@ -89,7 +91,7 @@ def load() -> None:
     except OSError as error:
         _problem = f"{PATH} doesn't load under torch {torch.__version__} ({error}); {_REBUILD}"
         return
-    missing = [op for op in (*OPS, *STEPS, *AROUND) if not hasattr(torch.ops.vcr_ops, op)]
+    missing = [op for op in (*OPS, *STEPS, *INFER, *AROUND) if not hasattr(torch.ops.vcr_ops, op)]
     if missing:
         _problem = f"{PATH} is of another version (it has no {', '.join(missing)}); {_REBUILD}"
         return

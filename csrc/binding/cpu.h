@@ -21,9 +21,9 @@ PassClock pass_clock();
 class Cpu {
  public:
   explicit Cpu(const Tensor& t) { require(t.is_cpu(), "the C++ kernels take CPU tensors"); }
-  Place place() const { return {aoti_torch_device_type_cpu(), 0}; }
+  Place place() const { return {shim_codes.cpu, 0}; }
   bool has(const Tensor& t) const { return t.is_cpu(); }
-  Tensor converted(const Tensor& t, ScalarType type) const { return torch::stable::to(t, type); }
+  Tensor converted(const Tensor& t, ScalarType type) const { return Tensor(torch::stable::to(t.stable(), type)); }
 
   // f(T{}) with the feature type.
   template <class F>

@@ -26,7 +26,8 @@ std::string isa_levels() { return join(available_levels()); }
 
 // Seconds in each pass since the last call, in the order of the enum Pass.
 Tensor pass_times() {
-  Tensor out = torch::stable::empty({int64_t(Pass::count)}, ScalarType::Double);
+  const int64_t size = int64_t(Pass::count);
+  Tensor out = new_contiguous({shim_codes.cpu, 0}, &size, 1, ScalarType::Double);
   for (int i = 0; i < int(Pass::count); ++i) {
     data<double>(out)[i] = pass_seconds[i];
     pass_seconds[i] = 0;
@@ -51,7 +52,7 @@ STABLE_TORCH_LIBRARY(vcr_ops, m) {
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CompositeExplicitAutograd, m) {
   m.impl("active_isa", TORCH_BOX(&active_isa));
   m.impl("isa_levels", TORCH_BOX(&isa_levels));
-  m.impl("pass_times", TORCH_BOX(&pass_times));
+  m.impl("pass_times", &boxed<pass_times>);
 }
 
 }  // namespace vcr

@@ -76,12 +76,12 @@ Backward modulate_backward(const Tensor& grad_out, const Tensor& z, const Tensor
     f.dscale_bias = data<A>(dscale_bias), f.dshift_bias = data<A>(dshift_bias);
     f.dattention = attention.has_value() ? data<A>(dattention) : nullptr;
     device.run(f);
-    dstate = in_type_of(device, dstate, state);
-    dscale = in_type_of(device, dscale, scale_weight), dshift = in_type_of(device, dshift, shift_weight);
-    dscale_bias = in_type_of(device, dscale_bias, scale_bias), dshift_bias = in_type_of(device, dshift_bias, shift_bias);
-    dattention = in_type_of(device, dattention, attention);
+    to_type_of<A>(device, state, dstate), to_type_of<A>(device, attention, dattention);
+    to_type_of<A>(device, scale_weight, dscale), to_type_of<A>(device, shift_weight, dshift);
+    to_type_of<A>(device, scale_bias, dscale_bias), to_type_of<A>(device, shift_bias, dshift_bias);
     device.finish();
-    return {dz, dstate, dscale, dshift, dscale_bias, dshift_bias, dattention};
+    return {std::move(dz),          std::move(dstate),      std::move(dscale),    std::move(dshift),
+            std::move(dscale_bias), std::move(dshift_bias), std::move(dattention)};
   });
 }
 

@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "Tensor dscale_bias, Tensor dshift_bias, Tensor dattention)");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("concept_modulate", TORCH_BOX(&modulate<Cpu>));
-  m.impl("concept_modulate_backward", TORCH_BOX(&modulate_backward<Cpu>));
+  m.impl("concept_modulate", &boxed<modulate<Cpu>>);
+  m.impl("concept_modulate_backward", &boxed<modulate_backward<Cpu>>);
 }
 
 }  // namespace vcr

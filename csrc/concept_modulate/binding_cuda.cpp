@@ -5,8 +5,8 @@
 namespace vcr {
 
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, VCR_CUDA_KEY, m) {
-  m.impl("concept_modulate", TORCH_BOX(&modulate<Cuda>));
-  m.impl("concept_modulate_backward", TORCH_BOX(&modulate_backward<Cuda>));
+  m.impl("concept_modulate", &boxed<modulate<Cuda>>);
+  m.impl("concept_modulate_backward", &boxed<modulate_backward<Cuda>>);
 }
 
 }  // namespace vcr

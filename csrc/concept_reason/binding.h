@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason(const Tensor& h, const Optiona
     f.g = data<A>(saved), f.a = f.g + states, f.norm = f.a + square;
     device.run(f);
     if (!save) saved = new_small<A>(device.place(), {0});
-    return {state, new_mean, new_var, saved};
+    return {std::move(state), std::move(new_mean), std::move(new_var), std::move(saved)};
   });
 }
 
@@ -79,9 +79,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     f.dweight = weight.has_value() ? data<A>(dweight) : data<A>(unused);
     f.dbias = bias.has_value() ? data<A>(dbias) : data<A>(unused) + f.pt;
     device.run(f);
-    dedge = in_type_of(device, dedge, edge), dweight = in_type_of(device, dweight, weight), dbias = in_type_of(device, dbias, bias);
+    to_type_of<A>(device, edge, dedge), to_type_of<A>(device, weight, dweight), to_type_of<A>(device, bias, dbias);
     device.finish();
-    return {dh, dedge, dweight, dbias};
+    return {std::move(dh), std::move(dedge), std::move(dweight), std::move(dbias)};
   });
 }
 

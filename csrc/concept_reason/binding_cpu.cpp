@@ -13,8 +13,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "(Tensor dh, Tensor dedge, Tensor dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("concept_reason", TORCH_BOX(&reason<Cpu>));
-  m.impl("concept_reason_backward", TORCH_BOX(&reason_backward<Cpu>));
+  m.impl("concept_reason", &boxed<reason<Cpu>>);
+  m.impl("concept_reason_backward", &boxed<reason_backward<Cpu>>);
 }
 
 }  // namespace vcr

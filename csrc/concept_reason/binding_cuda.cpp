@@ -5,8 +5,8 @@
 namespace vcr {
 
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, VCR_CUDA_KEY, m) {
-  m.impl("concept_reason", TORCH_BOX(&reason<Cuda>));
-  m.impl("concept_reason_backward", TORCH_BOX(&reason_backward<Cuda>));
+  m.impl("concept_reason", &boxed<reason<Cuda>>);
+  m.impl("concept_reason_backward", &boxed<reason_backward<Cuda>>);
 }
 
 }  // namespace vcr

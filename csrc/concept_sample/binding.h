@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor& z, const Tensor& value, 
     f.attention = need_attention ? data<A>(attention) : nullptr;
     f.save = save;
     device.run(f);
-    return {h, attention, saved};
+    return {std::move(h), std::move(attention), std::move(saved)};
   });
 }
 
@@ -87,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_backward(const Tensor&
     f.dkey = key.has_value() ? data<A>(dkey) : nullptr;
     f.dlogit = logit.has_value() ? data<A>(dlogit) : nullptr;
     device.run(f);
-    dvalue = in_type_of(device, dvalue, value), dquery = in_type_of(device, dquery, query), dkey = in_type_of(device, dkey, key);
-    dlogit = in_type_of(device, dlogit, logit);
+    to_type_of<A>(device, value, dvalue), to_type_of<A>(device, query, dquery), to_type_of<A>(device, key, dkey);
+    to_type_of<A>(device, logit, dlogit);
     device.finish();
-    return {dz, dvalue, dquery, dkey, dlogit};
+    return {std::move(dz), std::move(dvalue), std::move(dquery), std::move(dkey), std::move(dlogit)};
   });
 }
 

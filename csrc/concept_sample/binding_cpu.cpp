@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "Tensor saved, str sampler) -> (Tensor dz, Tensor dvalue, Tensor dquery, Tensor dkey, Tensor dlogit)");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("concept_sample", TORCH_BOX(&sample<Cpu>));
-  m.impl("concept_sample_backward", TORCH_BOX(&sample_backward<Cpu>));
+  m.impl("concept_sample", &boxed<sample<Cpu>>);
+  m.impl("concept_sample_backward", &boxed<sample_backward<Cpu>>);
 }
 
 }  // namespace vcr

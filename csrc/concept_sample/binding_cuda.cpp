@@ -5,8 +5,8 @@
 namespace vcr {
 
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, VCR_CUDA_KEY, m) {
-  m.impl("concept_sample", TORCH_BOX(&sample<Cuda>));
-  m.impl("concept_sample_backward", TORCH_BOX(&sample_backward<Cuda>));
+  m.impl("concept_sample", &boxed<sample<Cuda>>);
+  m.impl("concept_sample_backward", &boxed<sample_backward<Cuda>>);
 }
 
 }  // namespace vcr

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu(const Tensor& y, cons
     f.mean = data<A>(mean), f.var = data<A>(var), f.unbiased = data<A>(unbiased);
     f.norm = {f.mean, f.var, get(weight, channels, "weight"), get(bias, channels, "bias"), eps};
     device.run(f);
-    return {out, mean, unbiased, var};
+    return {std::move(out), std::move(mean), std::move(unbiased), std::move(var)};
   });
 }
 
@@ -118,9 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(const Tensor
     f.norm = {get(mean, channels, "mean"), get(var, channels, "var"), get(weight, channels, "weight"), get(bias, channels, "bias"), eps};
     f.dweight = data<A>(dweight), f.dbias = data<A>(dbias);
     device.run(f);
-    const Tensor none = new_small<A>(device.place(), {0});
-    return {dy, dshortcut, weight.has_value() ? in_type_of(device, dweight, weight) : none,
-            bias.has_value() ? in_type_of(device, dbias, bias) : none};
+    to_type_of<A>(device, weight, dweight), to_type_of<A>(device, bias, dbias);
+    if (!weight.has_value()) dweight = new_small<A>(device.place(), {0});
+    if (!bias.has_value()) dbias = new_small<A>(device.place(), {0});
+    return {std::move(dy), std::move(dshortcut), std::move(dweight), std::move(dbias)};
   });
 }
 
@@ -141,10 +142,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
       "-> (Tensor dy, Tensor dshortcut, Tensor dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("norm_relu", TORCH_BOX(&norm_relu));
-  m.impl("norm_relu_", TORCH_BOX(&norm_relu_));
-  m.impl("batch_norm_relu", TORCH_BOX(&batch_norm_relu));
-  m.impl("batch_norm_relu_backward", TORCH_BOX(&batch_norm_relu_backward));
+  m.impl("norm_relu", &boxed<norm_relu>);
+  m.impl("norm_relu_", &boxed<norm_relu_>);
+  m.impl("batch_norm_relu", &boxed<batch_norm_relu>);
+  m.impl("batch_norm_relu_backward", &boxed<batch_norm_relu_backward>);
 }
 
 }  // namespace vcr

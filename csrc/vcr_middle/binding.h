@@ -53,58 +53,72 @@ struct Learned {
   }
 };
 
+// All of a forward pass but its outputs. `map`, `get` and the tensors live on in the caller.
+template <class T, class Device>
+MiddleForward<T> unpack_forward(const MapInput& map, Params<acc_t<T>, Device>& get, const OptionalTensor& norm_mean,
+                                const OptionalTensor& norm_var, const Learned& learned, const OptionalTensor& state_mean,
+                                const OptionalTensor& state_var, const MiddleOptions& options) {
+  using A = acc_t<T>;
+  MiddleForward<T> f{};
+  f.problem = problem_of(map.shape(), learned.value);
+  f.options = options;
+  f.options.state_batch = !state_mean.has_value();
+  const Problem& pr = f.problem;
+  f.params = learned.template unpack<A>(get, pr, f.options);
+  if (options.norm == Norm::given) {
+    f.params.norm_mean = get.statistic(norm_mean, pr.channels(), "norm_mean");
+    f.params.norm_var = get.statistic(norm_var, pr.channels(), "norm_var");
+  }
+  if (!f.options.state_batch) {
+    f.params.state_mean = get.statistic(state_mean, pr.pt, "state_mean");
+    f.params.state_var = get.statistic(state_var, pr.pt, "state_var");
+  }
+  f.y = map.template map<T>();
+  return f;
+}
+
+// What the forward ops take alike.
+#define VCR_FORWARD                                                                                                                    \
+  const Tensor &y, const OptionalTensor &norm_mean, const OptionalTensor &norm_var, const OptionalTensor &norm_weight,                 \
+      const OptionalTensor &norm_bias, const Tensor &value, const OptionalTensor &query, const OptionalTensor &key,                    \
+      const OptionalTensor &logit, const OptionalTensor &edge, const OptionalTensor &state_mean, const OptionalTensor &state_var,      \
+      const OptionalTensor &state_weight, const OptionalTensor &state_bias, const OptionalTensor &scale_weight,                        \
+      const OptionalTensor &shift_weight, const Tensor &scale_bias, const Tensor &shift_bias, const std::string norm, double norm_eps, \
+      double state_eps, const std::string sampler, const std::string edges, const std::string modulation
+#define VCR_FORWARD_LEARNED                                                                                                              \
+  Learned {                                                                                                                              \
+    norm_weight, norm_bias, value, query, key, logit, edge, state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias \
+  }
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Device>
-Forward middle(const Tensor& y, const OptionalTensor& norm_mean, const OptionalTensor& norm_var, const OptionalTensor& norm_weight,
-               const OptionalTensor& norm_bias, const Tensor& value, const OptionalTensor& query, const OptionalTensor& key,
-               const OptionalTensor& logit, const OptionalTensor& edge, const OptionalTensor& state_mean, const OptionalTensor& state_var,
-               const OptionalTensor& state_weight, const OptionalTensor& state_bias, const OptionalTensor& scale_weight,
-               const OptionalTensor& shift_weight, const Tensor& scale_bias, const Tensor& shift_bias, const std::string norm,
-               double norm_eps, double state_eps, const std::string sampler, const std::string edges, const std::string modulation,
-               bool save) {
+Forward middle(VCR_FORWARD, bool save) {
   Device device(y);
-  return Device::dispatch(y.scalar_type(), [&](auto type) -> Forward {
+  const ScalarType features = y.scalar_type();
+  return Device::dispatch(features, [&](auto type) -> Forward {
     using T = decltype(type);
     using A = acc_t<T>;
     const MapInput map(y);
-    MiddleForward<T> f;
-    f.problem = problem_of(map.shape(), value);
+    Params<A, Device> get(device, features);
+    MiddleOptions options = options_of(norm, sampler, edges, modulation);
+    options.save = save, options.norm_eps = norm_eps, options.state_eps = state_eps;
+    MiddleForward<T> f = unpack_forward<T>(map, get, norm_mean, norm_var, VCR_FORWARD_LEARNED, state_mean, state_var, options);
     const Problem& pr = f.problem;
-    f.options = options_of(norm, sampler, edges, modulation);
-    f.options.state_batch = !state_mean.has_value();
-    f.options.save = save;
-    f.options.norm_eps = norm_eps;
-    f.options.state_eps = state_eps;
-    Params<A, Device> get(device);
-    f.params = Learned{norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                       state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias}
-                   .template unpack<A>(get, pr, f.options);
-    const bool batch = f.options.norm == Norm::batch;
-    if (f.options.norm == Norm::given) {
-      require(norm_mean.has_value() && norm_var.has_value(), "norm 'given' takes norm_mean and norm_var");
-      f.params.norm_mean = get(norm_mean, pr.channels(), "norm_mean");
-      f.params.norm_var = get(norm_var, pr.channels(), "norm_var");
-    }
-    if (!f.options.state_batch) {
-      require(state_var.has_value(), "state_mean comes with state_var");
-      f.params.state_mean = get(state_mean, pr.pt, "state_mean");
-      f.params.state_var = get(state_var, pr.pt, "state_var");
-    }
     Tensor out = new_map(map.tensor(), map.shape());
     const int64_t size = MiddleSaved<A>::size(pr, save);
     Tensor saved = new_small<A>(device.place(), {save ? size : 0});
     const typename Device::template Scratch<A> unsaved(device, save ? 0 : size);  // of no use to a caller: spares a tensor
-    const int64_t channels = batch ? pr.channels() : 0, states = f.options.state_batch ? pr.pt : 0;
+    const int64_t channels = options.norm == Norm::batch ? pr.channels() : 0, states = f.options.state_batch ? pr.pt : 0;
     Tensor mean = new_small<A>(device.place(), {channels}), variance = new_small<A>(device.place(), {channels});
     Tensor batch_state_mean = new_small<A>(device.place(), {states}), batch_state_var = new_small<A>(device.place(), {states});
-    f.y = map.template map<T>();
     f.out = output_map<T>(out);
     f.saved = save ? data<A>(saved) : unsaved.get();
     f.norm_mean = data<A>(mean), f.norm_var = data<A>(variance);
     f.state_mean = data<A>(batch_state_mean), f.state_var = data<A>(batch_state_var);
     device.run(f);
-    return {out, mean, variance, batch_state_mean, batch_state_var, saved};
+    return {std::move(out),  std::move(mean), std::move(variance), std::move(batch_state_mean), std::move(batch_state_var),
+            std::move(saved)};
   });
 }
 
@@ -137,20 +151,23 @@ Backward middle_backward(const Tensor& grad_out, const Tensor& y, const Optional
     f.grad_out = grad.template map<T>();
     f.dy = output_map<T>(dy);
     f.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
-    const OptionalTensor parameters[] = {norm_weight,  norm_bias,  value,        query,        key,        logit,     edge,
-                                         state_weight, state_bias, scale_weight, shift_weight, scale_bias, shift_bias};
+    const Tensor* const parameters[] = {pointer(norm_weight), pointer(norm_bias),    pointer(value),        pointer(query),
+                                        pointer(key),         pointer(logit),        pointer(edge),         pointer(state_weight),
+                                        pointer(state_bias),  pointer(scale_weight), pointer(shift_weight), pointer(scale_bias),
+                                        pointer(shift_bias)};
     Tensor g[13];
     for (int i = 0; i < 13; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
-    const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
+    const auto to = [&](int i) { return parameters[i] != nullptr ? data<A>(g[i]) : nullptr; };
     // the batch norm of states always reports its sums, also where it has no weights
     Tensor unused = new_small<A>(device.place(), {2 * pr.pt});
     f.grads = {to(0), to(1), to(2), to(3), to(4), to(5), to(6), to(7), to(8), to(9), to(10), to(11), to(12)};
     if (f.grads.state_weight == nullptr) f.grads.state_weight = data<A>(unused);
     if (f.grads.state_bias == nullptr) f.grads.state_bias = data<A>(unused) + pr.pt;
     device.run(f);
-    for (int i = 0; i < 13; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
+    for (int i = 0; i < 13; ++i) to_type_of<A>(device, parameters[i], g[i]);
     device.finish();
-    return {dy, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12]};
+    return {std::move(dy),   std::move(g[0]), std::move(g[1]), std::move(g[2]), std::move(g[3]),  std::move(g[4]),  std::move(g[5]),
+            std::move(g[6]), std::move(g[7]), std::move(g[8]), std::move(g[9]), std::move(g[10]), std::move(g[11]), std::move(g[12])};
   });
 }
 

@@ -5,6 +5,28 @@
 namespace vcr {
 namespace {
 
+// With given statistics, and no backward pass to follow: the map alone is returned, which spares five tensors.
+Tensor middle_infer(VCR_FORWARD) {
+  Cpu device(y);
+  const ScalarType features = y.scalar_type();
+  return Cpu::dispatch(features, [&](auto type) -> Tensor {
+    using T = decltype(type);
+    using A = acc_t<T>;
+    const MapInput map(y);
+    Params<A, Cpu> get(device, features);
+    MiddleOptions options = options_of(norm, sampler, edges, modulation);
+    options.save = false, options.norm_eps = norm_eps, options.state_eps = state_eps;
+    require(options.norm != Norm::batch && state_mean.has_value(), "inference takes given statistics");
+    MiddleForward<T> f = unpack_forward<T>(map, get, norm_mean, norm_var, VCR_FORWARD_LEARNED, state_mean, state_var, options);
+    Tensor out = new_map(map.tensor(), map.shape());
+    const Cpu::Scratch<A> unsaved(device, MiddleSaved<A>::size(f.problem, false));
+    f.out = output_map<T>(out);
+    f.saved = unsaved.get();
+    device.run(f);
+    return out;
+  });
+}
+
 // The ops that make the passes one by one, so that statistics can be exchanged between processes in between.
 
 template <class A>
@@ -69,7 +91,7 @@ States middle_states(const Tensor& y, const OptionalTensor& norm_mean, const Opt
     f.late = data<A>(late);
     f.moments = data<double>(moments);
     device.run(f);
-    return {saved, moments};
+    return {std::move(saved), std::move(moments)};
   });
 }
 
@@ -107,7 +129,7 @@ Modulated middle_modulate(const Tensor& y, VCR_LEARNED, const Tensor& saved, con
     f.late = data<A>(late);
     f.state_norm = writable<double>(state_norm, 2 * pr.pt, "state_norm is (2, pt) in float64");
     device.run(f);
-    return {out, late};
+    return {std::move(out), std::move(late)};
   });
 }
 
@@ -141,7 +163,7 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
     const MapInput map(y), grad(grad_out, map, "grad_out");
     Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::sums, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
-    const OptionalTensor parameters[] = {scale_weight, shift_weight, scale_bias, shift_bias};
+    const Tensor* const parameters[] = {pointer(scale_weight), pointer(shift_weight), pointer(scale_bias), pointer(shift_bias)};
     Tensor g[4], summed = new_small<A>(device.place(), {MiddleBackwardWork::summed(f.problem)}),
                  state_sums = new_small<double>(device.place(), {2, f.problem.pt});
     for (int i = 0; i < 4; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
@@ -153,8 +175,8 @@ Sums middle_backward_sums(const Tensor& grad_out, const Tensor& y, VCR_LEARNED, 
     f.summed = data<A>(summed);
     f.state_sums = data<double>(state_sums);
     device.run(f);
-    for (int i = 0; i < 4; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
-    return {summed, state_sums, g[0], g[1], g[2], g[3]};
+    for (int i = 0; i < 4; ++i) to_type_of<A>(device, parameters[i], g[i]);
+    return {std::move(summed), std::move(state_sums), std::move(g[0]), std::move(g[1]), std::move(g[2]), std::move(g[3])};
   });
 }
 
@@ -170,11 +192,12 @@ BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor
     Params<A, Cpu> get(device);
     MiddleBackward<T> f = backward_step<T>(BackwardStep::states, map, get, VCR_LEARNED_NAMES, saved, late, &state_norm, VCR_VARIANT_NAMES);
     const Problem& pr = f.problem;
-    const OptionalTensor parameters[] = {norm_weight, norm_bias, value, query, key, logit, edge};
+    const Tensor* const parameters[] = {pointer(norm_weight), pointer(norm_bias), pointer(value), pointer(query),
+                                        pointer(key),         pointer(logit),     pointer(edge)};
     Tensor g[7], attended = new_small<A>(device.place(), {MiddleBackwardWork::attended(pr)}),
                  norm_sums = new_small<A>(device.place(), {2, pr.channels()});
     for (int i = 0; i < 7; ++i) g[i] = new_gradient<A>(device.place(), parameters[i]);
-    const auto to = [&](int i) { return parameters[i].has_value() ? data<A>(g[i]) : nullptr; };
+    const auto to = [&](int i) { return parameters[i] != nullptr ? data<A>(g[i]) : nullptr; };
     f.grads.norm_weight = to(0), f.grads.norm_bias = to(1), f.grads.value = to(2), f.grads.query = to(3), f.grads.key = to(4);
     f.grads.logit = to(5), f.grads.edge = to(6);
     f.summed = writable<A>(summed, MiddleBackwardWork::summed(pr), "summed has another size or dtype");
@@ -182,8 +205,9 @@ BackwardStates middle_backward_states(const Tensor& y, VCR_LEARNED, const Tensor
     f.attended = data<A>(attended);
     f.norm_sums = data<A>(norm_sums);
     device.run(f);
-    for (int i = 0; i < 7; ++i) g[i] = in_type_of(device, g[i], parameters[i]);
-    return {attended, norm_sums, g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
+    for (int i = 0; i < 7; ++i) to_type_of<A>(device, parameters[i], g[i]);
+    return {std::move(attended), std::move(norm_sums), std::move(g[0]), std::move(g[1]), std::move(g[2]),
+            std::move(g[3]),     std::move(g[4]),      std::move(g[5]), std::move(g[6])};
   });
 }
 
@@ -210,18 +234,20 @@ Tensor middle_backward_input(const Tensor& grad_out, const Tensor& y, VCR_LEARNE
 
 }  // namespace
 
+#define VCR_FORWARD_SCHEMA                                                                                                        \
+  "Tensor y, Tensor? norm_mean, Tensor? norm_var, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, "          \
+  "Tensor? key, Tensor? logit, Tensor? edge, Tensor? state_mean, Tensor? state_var, Tensor? state_weight, Tensor? state_bias, "   \
+  "Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, str norm, float norm_eps, float state_eps, " \
+  "str sampler, str edges, str modulation"
 #define VCR_LEARNED_SCHEMA                                                                                          \
   "Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, Tensor? logit, Tensor? edge, " \
   "Tensor? state_weight, Tensor? state_bias, Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, "
 #define VCR_VARIANT_SCHEMA "str norm, str sampler, str edges, str modulation"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
-  m.def(
-      "vcr_middle(Tensor y, Tensor? norm_mean, Tensor? norm_var, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, "
-      "Tensor? key, Tensor? logit, Tensor? edge, Tensor? state_mean, Tensor? state_var, Tensor? state_weight, Tensor? state_bias, "
-      "Tensor? scale_weight, Tensor? shift_weight, Tensor scale_bias, Tensor shift_bias, str norm, float norm_eps, float state_eps, "
-      "str sampler, str edges, str modulation, bool save) -> (Tensor out, Tensor norm_mean, Tensor norm_var, Tensor state_mean, "
-      "Tensor state_var, Tensor saved)");
+  m.def("vcr_middle(" VCR_FORWARD_SCHEMA
+        ", bool save) -> (Tensor out, Tensor norm_mean, Tensor norm_var, Tensor state_mean, Tensor state_var, Tensor saved)");
+  m.def("vcr_middle_infer(" VCR_FORWARD_SCHEMA ") -> Tensor out");
   m.def(
       "vcr_middle_backward(Tensor grad_out, Tensor y, Tensor? norm_weight, Tensor? norm_bias, Tensor value, Tensor? query, Tensor? key, "
       "Tensor? logit, Tensor? edge, Tensor? state_weight, Tensor? state_bias, Tensor? scale_weight, Tensor? shift_weight, "
@@ -246,14 +272,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vcr_ops, m) {
         "Tensor saved, Tensor late, Tensor summed, Tensor attended, Tensor? norm_shares, " VCR_VARIANT_SCHEMA ") -> Tensor dy");
 }
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, CPU, m) {
-  m.impl("vcr_middle", TORCH_BOX(&middle<Cpu>));
-  m.impl("vcr_middle_backward", TORCH_BOX(&middle_backward<Cpu>));
-  m.impl("vcr_middle_stats", TORCH_BOX(&middle_stats));
-  m.impl("vcr_middle_states", TORCH_BOX(&middle_states));
-  m.impl("vcr_middle_modulate", TORCH_BOX(&middle_modulate));
-  m.impl("vcr_middle_backward_sums", TORCH_BOX(&middle_backward_sums));
-  m.impl("vcr_middle_backward_states", TORCH_BOX(&middle_backward_states));
-  m.impl("vcr_middle_backward_input", TORCH_BOX(&middle_backward_input));
+  m.impl("vcr_middle", &boxed<middle<Cpu>>);
+  m.impl("vcr_middle_infer", &boxed<middle_infer>);
+  m.impl("vcr_middle_backward", &boxed<middle_backward<Cpu>>);
+  m.impl("vcr_middle_stats", &boxed<middle_stats>);
+  m.impl("vcr_middle_states", &boxed<middle_states>);
+  m.impl("vcr_middle_modulate", &boxed<middle_modulate>);
+  m.impl("vcr_middle_backward_sums", &boxed<middle_backward_sums>);
+  m.impl("vcr_middle_backward_states", &boxed<middle_backward_states>);
+  m.impl("vcr_middle_backward_input", &boxed<middle_backward_input>);
 }
 
 }  // namespace vcr

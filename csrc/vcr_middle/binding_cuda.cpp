@@ -5,8 +5,8 @@
 namespace vcr {
 
 STABLE_TORCH_LIBRARY_IMPL(vcr_ops, VCR_CUDA_KEY, m) {
-  m.impl("vcr_middle", TORCH_BOX(&middle<Cuda>));
-  m.impl("vcr_middle_backward", TORCH_BOX(&middle_backward<Cuda>));
+  m.impl("vcr_middle", &boxed<middle<Cuda>>);
+  m.impl("vcr_middle_backward", &boxed<middle_backward<Cuda>>);
 }
 
 }  // namespace vcr

@@ -178,8 +178,9 @@ struct MiddleForwardCpu {
           modulate_pixel(i / groups, i % groups * per_group, min(pr.C, (i % groups + 1) * per_group), scratch.get());
       });
     } else {
-      const int64_t rows = rows_of_image(), size = max(1, 32768 / (f.y.layout() == Layout::contiguous ? pr.S : CP));
-      const int64_t chunks = (rows + size - 1) / size;
+      // Chunks small and equal enough for threads to have the same.
+      const int64_t rows = rows_of_image(), most = max(1, 8192 / (f.y.layout() == Layout::contiguous ? pr.S : CP));
+      const int64_t chunks = (rows + most - 1) / most, size = (rows + chunks - 1) / chunks;
       for_each(f.pool, pr.N * chunks, [&](int64_t i) { modulate_rows(i / chunks, i % chunks * size, min(rows, (i % chunks + 1) * size)); });
     }
   }
@@ -221,7 +222,7 @@ struct MiddleForwardCpu {
     tick(Pass::concept_modulate);
   }
 
-  // Evaluation with an image for every thread: an image goes through all stages while it is in cache.
+  // Evaluation with images for every thread: an image goes through all stages while it is in cache.
   void run_by_image() const {
     for_ranges(f.pool, pr.N, [&](int64_t begin, int64_t end) {
       const int64_t size = natural ? pr.C : per_group;
@@ -271,7 +272,8 @@ struct MiddleForwardCpu {
     }
     if (f.step == ForwardStep::states) return run_states();
     if (!o.state_batch) given_state_norm(pr.pt, o.state_eps, w.state_mean, w.state_var, state_norm, saved.state_norm);
-    if (o.norm != Norm::batch && !o.state_batch && pr.N >= 2 * f.pool.threads)
+    const bool shared_evenly = pr.N >= 2 * f.pool.threads || pr.N % f.pool.threads == 0;
+    if (o.norm != Norm::batch && !o.state_batch && shared_evenly)
       run_by_image();
     else
       run_in_passes();

@@ -45,12 +45,13 @@ def has_global_hook() -> bool:
 def are_plain(*modules: nn.Module) -> bool:
     """True where calling the modules does nothing but their classes' forward: no hooks, no forward of their own."""
     for module in modules:
+        own = module.__dict__  # past nn.Module.__getattr__, which makes every look-up slow
         if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return False
     return True
@@ -61,6 +62,15 @@ def is_plain_batch_norm(module: nn.Module | None) -> bool:
     if module is None or not are_plain(module):
         return False
     return type(module) in BATCH_NORM_CLASSES or is_frozen(module)
+
+
+def learned(bn: Any) -> tuple[Any, Any]:
+    """A batch norm's weight and bias; a frozen one's are buffers."""
+    own = bn._parameters or bn._buffers
+    try:  # past nn.Module.__getattr__, which is slow
+        return own["weight"], own["bias"]
+    except KeyError:  # kept as plain attributes, as replicas of nn.DataParallel are
+        return bn.weight, bn.bias
 
 
 def check_dims(argument: str, y: Tensor, bn: nn.Module) -> None:
@@ -76,7 +86,10 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     """True where the module normalises with the statistics of the batch: training, or no running ones."""
     if not isinstance(bn, _BatchNorm) and is_frozen(bn):
         return False
-    return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
+    if bn.training:
+        return True
+    buffers = bn._buffers
+    return buffers["running_mean"] is None and buffers["running_var"] is None
 
 
 def sync_group(bn: Any) -> Group | None:

@@ -12,10 +12,12 @@ from ..ops.vcr_middle.op import vcr_middle
 from ..ops.vcr_middle.synced import can_sync, vcr_middle_synced
 from .batch_norm import (
     BATCH_NORMS,
+    SYNCHRONISED,
     are_plain,
     check_dims,
     has_global_hook,
     is_plain_batch_norm,
+    learned,
     sync_group,
     uses_batch_statistics,
 )
@@ -55,29 +57,38 @@ def path_without_sync(state_group: Group | None) -> str:
     return "after norm" if state_group is None else "modules"
 
 
-def _learned(bn: Any) -> Any:
-    """Where a batch norm's weight and bias are; a frozen one's are buffers."""
-    return bn._parameters or bn._buffers
-
-
 def _parameters(
-    bn: Any, sampler: Any, reasoner: Any, modulator: Any
-) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    bn: Any, sampler: Any, reasoner: Any, modulator: Any, state_mean: Any, state_var: Any
+) -> tuple[Any, ...]:
+    """The schema's arguments from norm_weight to shift_bias."""
+    weight, bias = (None, None) if bn is None else learned(bn)
+    state_weight, state_bias = learned(reasoner._modules["bn"])
     try:  # past nn.Module.__getattr__, which is slow
-        s, m, n = sampler._parameters, modulator._parameters, bn and _learned(bn)
-        r = _learned(reasoner._modules["bn"])
+        s, m = sampler._parameters, modulator._parameters
         return (
-            (n["weight"], n["bias"]) if bn else (None, None),
-            (s["value"], s["query"], s["key"], s["logit"], reasoner._parameters["edge"]),
-            (r["weight"], r["bias"], m["scale_weight"], m["shift_weight"], m["scale_bias"], m["shift_bias"]),
+            weight,
+            bias,
+            s["value"],
+            s["query"],
+            s["key"],
+            s["logit"],
+            reasoner._parameters["edge"],
+            state_mean,
+            state_var,
+            state_weight,
+            state_bias,
+            m["scale_weight"],
+            m["shift_weight"],
+            m["scale_bias"],
+            m["shift_bias"],
         )
     except KeyError:  # kept as plain attributes, as replicas of nn.DataParallel are
-        r, m = reasoner.bn, modulator
-        return (
-            (bn.weight, bn.bias) if bn else (None, None),
-            (sampler.value, sampler.query, sampler.key, sampler.logit, reasoner.edge),
-            (r.weight, r.bias, m.scale_weight, m.shift_weight, m.scale_bias, m.shift_bias),
+        s, m = sampler, modulator
+        sample, state = (
+            (s.value, s.query, s.key, s.logit, reasoner.edge),
+            (state_mean, state_var, state_weight, state_bias),
         )
+        return weight, bias, *sample, *state, m.scale_weight, m.shift_weight, m.scale_bias, m.shift_bias
 
 
 def run_middle(
@@ -91,10 +102,12 @@ def run_middle(
 ) -> Tensor:
     """bn, sampler, reasoner, modulator on y (N, C*p, *spatial); in one op where nobody could tell."""
     path = fused_path(bn, sampler, reasoner, modulator)
-    norm_group, state_group = sync_groups(path, bn, reasoner)
-    synced = norm_group is not None or state_group is not None
-    if synced and not can_sync(backend, y):
-        path, synced = path_without_sync(state_group), False
+    synced = False
+    if path != "modules" and (type(bn) in SYNCHRONISED or type(reasoner._modules["bn"]) in SYNCHRONISED):
+        norm_group, state_group = sync_groups(path, bn, reasoner)
+        synced = norm_group is not None or state_group is not None
+        if synced and not can_sync(backend, y):
+            path, synced = path_without_sync(state_group), False
     if path == "modules":
         return _call_modules(bn(y), sampler, reasoner, modulator, modulation)
     norm, norm_mean, norm_var, norm_eps = "none", None, None, 0.0
@@ -102,8 +115,7 @@ def run_middle(
     state_bn: Any = reasoner._modules["bn"]
     state_mean = state_var = None
     if path == "whole":
-        norm_bn, norm = bn, "batch"
-        norm_eps = norm_bn.eps
+        norm_bn, norm, norm_eps = bn, "batch", bn.eps
         if not uses_batch_statistics(bn):
             norm, norm_mean, norm_var = "given", bn._buffers["running_mean"], bn._buffers["running_var"]
     else:
@@ -116,20 +128,15 @@ def run_middle(
     if checked:
         if norm_bn is not None:
             check_dims("y", y, norm_bn)
-        n, numel = y.shape[0], y.numel()
-        checked = numel > 0 and (n > 1 or (numel != y.shape[1] and sampler.concepts != 1))
+        shape, numel = y.shape, y.numel()
+        checked = numel > 0 and (shape[0] > 1 or (numel != shape[1] and sampler.concepts != 1))
         if checked and (INTERPRETED or not y.is_cpu):  # Triton's launchers refuse nothing
-            checked = y.dtype in checks.FEATURE_DTYPES and y.shape[1] == sampler.channels
-    norm_parameters, sample_parameters, state_parameters = _parameters(norm_bn, sampler, reasoner, modulator)
+            checked = y.dtype in checks.FEATURE_DTYPES and shape[1] == sampler.channels
     arguments = (
         y,
         norm_mean,
         norm_var,
-        *norm_parameters,
-        *sample_parameters,
-        state_mean,
-        state_var,
-        *state_parameters,
+        *_parameters(norm_bn, sampler, reasoner, modulator, state_mean, state_var),
         norm,
         norm_eps,
         state_bn.eps,
@@ -142,14 +149,15 @@ def run_middle(
     else:
         name, found = vcr_middle(backend, arguments, checked=checked)
     out, batch_mean, batch_var, batch_state_mean, batch_state_var = found
+    if norm != "batch" and not state_batch:
+        return out
     updates = []
     if norm == "batch":
         updates.append((bn, batch_mean, batch_var))
     if state_batch:
         updates.append((state_bn, batch_state_mean, batch_state_var))
     if not synced:
-        if updates:
-            update_running_stats(updates, y.shape[0] == 0, name == "triton" and is_launched(y))
+        update_running_stats(updates, y.shape[0] == 0, name == "triton" and is_launched(y))
         return out
     for update in updates:  # what others have counts where this process has no images
         update_running_stats([update], y.shape[0] == 0 and sync_group(update[0]) is None)

@@ -16,6 +16,7 @@ from .batch_norm import (
     are_plain,
     has_global_hook,
     is_plain_batch_norm,
+    learned,
     uses_batch_statistics,
 )
 from .drop_path import DropPath
@@ -133,16 +134,18 @@ def _constants(bn: Any, y: Tensor) -> NormConstants | None:
     if not is_plain_batch_norm(bn):
         return None
     batch = uses_batch_statistics(bn)
-    mean, var = (None, None) if batch else (bn.running_mean, bn.running_var)
+    shape, dtype, buffers = y.shape, y.dtype, bn._buffers
+    mean, var = (None, None) if batch else (buffers["running_mean"], buffers["running_var"])
     dims = BATCH_NORM_CLASSES.get(type(bn), ())
-    if dims and y.dim() not in dims:
+    if dims and len(shape) not in dims:
         return None
-    if (type(bn) in SYNCHRONISED or bn.num_features != y.shape[1]) if batch else (mean is None or var is None):
+    if (type(bn) in SYNCHRONISED or bn.num_features != shape[1]) if batch else (mean is None or var is None):
         return None
-    found = NormConstants(mean, var, bn.weight, bn.bias, bn.eps)
+    found = NormConstants(mean, var, *learned(bn), bn.eps)
+    size = shape[1:2]
     for tensor in found[:4]:
         if tensor is not None and not (
-            tensor.is_cpu and tensor.dtype in (y.dtype, torch.float32) and tensor.shape == (y.shape[1],)
+            tensor.is_cpu and ((kind := tensor.dtype) is dtype or kind is torch.float32) and tensor.shape == size
         ):
             return None
     return found

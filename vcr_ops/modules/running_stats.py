@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import library
 from ..backend import INTERPRETED, case_of, choose, tracing
+from ..ops.running_stats.op import move_running_stats
 
 
 class _Updates(threading.local):
@@ -54,15 +56,16 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool,
     """
     if _updates.off:
         return
-    if triton and not empty and _moved_by_triton(updates):
+    if not empty and (_moved_by_triton(updates) if triton else _moved_by_cpp(updates)):
         return
     moves: list[tuple[Any, Tensor | None, Tensor, Tensor]] = []  # momentum, counter, running, batch
     counters, running, batch = [], [], []
     together = tracing() != "torch.func"  # which has no rules for lists of tensors
     for bn, mean, var in updates:
-        if not (bn.training and bn.track_running_stats):
+        own = bn.__dict__  # past nn.Module.__getattr__, which is slow
+        if not (own["training"] and own["track_running_stats"]):
             continue
-        buffers, momentum = bn._buffers, bn.momentum
+        buffers, momentum = own["_buffers"], own["momentum"]
         counter = buffers["num_batches_tracked"]
         if counter is not None:
             counters.append(counter)
@@ -87,6 +90,33 @@ def update_running_stats(updates: list[tuple[Any, Tensor, Tensor]], empty: bool,
             kept.lerp_(new, weight)
         else:
             kept.copy_(torch.lerp(kept.to(new.dtype), new, weight))
+
+
+def _moved_by_cpp(updates: list[tuple[Any, Tensor, Tensor]]) -> bool:
+    """Move them by one op; False where it can't, or something looks on, and nothing has moved."""
+    if torch.compiler.is_compiling() or tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._get_tracing_state() is not None or torch.is_inference_mode_enabled() or not library.has_library():
+        return False
+    norms: list[Tensor] = []
+    momentum = None
+    for bn, mean, var in updates:
+        own = bn.__dict__  # past nn.Module.__getattr__, which is slow
+        if not (own["training"] and own["track_running_stats"]):
+            continue
+        if norms and own["momentum"] != momentum:
+            return False
+        momentum, buffers = own["momentum"], own["_buffers"]
+        kept = buffers["num_batches_tracked"], buffers["running_mean"], buffers["running_var"]
+        for x in kept:
+            if type(x) is not Tensor or not x.is_cpu or x.requires_grad or x.is_inference():
+                return False
+        norms += (*kept, mean, var)
+    if not norms:
+        return True
+    if momentum is None or len(norms) > 10 or type(norms[3]) is not Tensor or not norms[3].is_cpu:
+        return False
+    return move_running_stats(norms, momentum)
 
 
 def _moved_by_triton(updates: list[tuple[Any, Tensor, Tensor]]) -> bool:

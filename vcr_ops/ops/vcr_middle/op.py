@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, flops
-from ...backend import case_of, resolve
+from ...backend import case_of, resolve, takes_cpp
 from ...library import on_load
 from ...maps import acc_dtype, empty_map_like
 from ..dispatch import (
@@ -25,6 +25,7 @@ from .arguments import by_name, learned_of
 from .kept import saved_size
 
 _forward: OpOverload = None
+_infer: OpOverload = None
 _backward: OpOverload = None
 
 Statistics = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
@@ -136,11 +137,15 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
 
     Returns the name of the backend that ran, and (out, the four statistics of the batch).
 
+    The statistics may be None where they were given.
+
     checked: the caller has seen to what costs much to look at here: the parameters' shapes, a batch with one value per
         channel, statistics that require grad. The fast path then looks at types only, and explains what the op refuses.
     """
     y = arguments[0]
     compiling = torch.compiler.is_compiling()
+    if checked and not compiling and takes_cpp(backend, y):
+        return "cpp", _run_cpp(arguments)
     if not checked or compiling:
         checks.check_vcr_middle(*arguments)
     elif not isinstance(y, Tensor):
@@ -168,6 +173,24 @@ def vcr_middle(backend: str | None, arguments: tuple[Any, ...], *, checked: bool
         run = _forward if name == "cpp" else as_run_by(name, _forward, y)
         with torch._C._AutoDispatchBelowAutograd():
             return name, run(*arguments, False)[:5]
+    except (RuntimeError, ValueError):
+        checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
+        raise
+
+
+_NO_STATISTICS = (None,) * 4
+
+
+def _run_cpp(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hot path: what of the arguments' types the other paths look at, the C++ op refuses or converts by itself."""
+    try:
+        if torch.is_grad_enabled() and (arguments[0].requires_grad or needs_grad(*arguments[1:18])):
+            statistics: list[Tensor] = []
+            return _apply("cpp", statistics, *arguments), *statistics
+        with torch._C._AutoDispatchBelowAutograd():
+            if arguments[18] == "batch" or arguments[10] is None:
+                return _forward(*arguments, False)[:5]
+            return _infer(*arguments), *_NO_STATISTICS
     except (RuntimeError, ValueError):
         checks.check_vcr_middle(*arguments)  # the op has refused its arguments: say it in the user's words
         raise
@@ -274,6 +297,15 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     return empty_map_like(y), *(y.new_empty((size,), dtype=dtype) for size in sizes)
 
 
+def _fake_infer(*arguments: Any) -> Tensor:
+    check_devices("vcr_middle_infer", *arguments[:18])
+    return empty_map_like(arguments[0])
+
+
+def _no_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("vcr_ops::vcr_middle_infer is for inference and has no backward; call vcr_middle")
+
+
 def _fake_backward(grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     parameters, saved = rest[:13], rest[13]
     check_devices("vcr_middle_backward", grad_out, y, *parameters, saved)
@@ -282,7 +314,9 @@ def _fake_backward(grad_out: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...
 
 @on_load
 def _register() -> None:
-    global _forward, _backward
+    global _forward, _backward, _infer
+    from torch.utils.flop_counter import register_flop_formula
+
     _forward, _backward = register(
         "vcr_middle",
         fake=_fake,
@@ -292,3 +326,7 @@ def _register() -> None:
         flops=flops.vcr_middle,
         flops_backward=flops.vcr_middle_backward,
     )
+    torch.library.register_fake("vcr_ops::vcr_middle_infer", _fake_infer)
+    torch.library.register_autograd("vcr_ops::vcr_middle_infer", _no_backward)
+    register_flop_formula(torch.ops.vcr_ops.vcr_middle_infer)(flops.vcr_middle)
+    _infer = torch.ops.vcr_ops.vcr_middle_infer.default

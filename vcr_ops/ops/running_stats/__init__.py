@@ -1,0 +1,1 @@
+"""The op move_running_stats."""
