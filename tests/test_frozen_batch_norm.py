@@ -144,9 +144,10 @@ def test_converted_and_folded() -> None:
     before = enliven(net).eval()(x)
     torch.testing.assert_close(vcr_ops.convert(net)(x), before, rtol=1e-4, atol=1e-5)
     ours = vcr_ops.freeze_batch_norm(enliven(vcr_ops.VCRNet((1, 1, 1, 1), 3, groups=2, width_per_group=1)).eval())
+    ours, x = ours.double(), x.double()  # in float32 the two round apart, layer by layer
     folded = vcr_ops.fold(ours)
     assert type(folded.layer1[0].bn1) is type(folded.bn1) is nn.Identity
-    torch.testing.assert_close(folded(x), ours(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(folded(x), ours(x))
 
 
 def test_compiled() -> None:
