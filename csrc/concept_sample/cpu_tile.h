@@ -432,7 +432,7 @@ VCR_KERNEL Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const Sam
     for (int64_t j = 0; j < P; ++j) r[j] *= inverse;
     for (int j = 0; j < P; ++j)
       for (int l = j; l < P; ++l) {
-        const A covariance = moment[j * P + l] * inverse - r[j] * r[l];
+        const A covariance = difference_of_products(moment[j * P + l], inverse, r[j], r[l]);
         moment[j * P + l] = moment[l * P + j] = covariance;
       }
     for (int64_t j = 0; j < P; ++j)
@@ -451,8 +451,9 @@ VCR_KERNEL Softmax<acc_t<T>> sample_tile(const Problem& pr, Tile<T> y, const Sam
         add_projected_moment<P, PT>(y, i, min(moment_block<A>, S - i), pr, a.mu, w, e + i, early ? projected + i : projected, G, r, moment);
     }
     for (int64_t j = 0; j < p; ++j) r[j] *= inverse;
+    for (int64_t k = 0; k < pt; ++k) G[k] *= inverse;
     for (int64_t j = 0; j < p; ++j)
-      for (int64_t k = 0; k < pt; ++k) R[j * pt + k] = moment[j * pt + k] * inverse - r[j] * (G[k] * inverse);
+      for (int64_t k = 0; k < pt; ++k) R[j * pt + k] = difference_of_products(moment[j * pt + k], inverse, r[j], G[k]);
   }
   return softmax;
 }

@@ -75,6 +75,13 @@ VCR_INLINE double wide_dot(int64_t p, const A* x, const A* y) {
   }
 }
 
+// a b - c d, rounded about once where there are fused multiply-adds (Kahan): the two may nearly cancel.
+template <class A>
+VCR_INLINE A difference_of_products(A a, A b, A c, A d) {
+  const A product = c * d, rounding = fma(-c, d, product);
+  return fma(a, b, -product) + rounding;
+}
+
 // ---- products
 
 // Whether (p, pt) products can go by four states at a time, which every level has registers for.
