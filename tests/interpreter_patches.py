@@ -130,26 +130,19 @@ def remember_operands(tl: Any, semantic: Any) -> None:
                 pairs[key] = (x.type, y.type, lhs.type, rhs.type)
                 return x, y
             return retyped(self, lhs, known[0]), retyped(self, rhs, known[1])
-        if left is tensor and (right is int or right is float):
-            key = (id(lhs.type.__dict__), rhs, right, 1, options, *named.values())
-            if rhs == 0 and math.copysign(1, rhs) < 0:
-                return check(self, lhs, rhs, *options, **named)
+        number_first = right is tensor
+        of, number, kind = (rhs, lhs, left) if number_first else (lhs, rhs, right)
+        plain = type(of) is tensor and (kind is int or kind is float)
+        if plain and not (number == 0 and math.copysign(1, number) < 0):  # -0.0 would be found as 0.0
+            key = (id(of.type.__dict__), number, kind, number_first, options, *named.values())
             known = pairs.get(key)
             if known is None:
                 x, y = check(self, lhs, rhs, *options, **named)
-                pairs[key] = (x.type, y, lhs.type)
+                pairs[key] = (x, y.type, of.type) if number_first else (x.type, y, of.type)
                 return x, y
+            if number_first:
+                return known[0], retyped(self, rhs, known[1])
             return retyped(self, lhs, known[0]), known[1]
-        if right is tensor and (left is int or left is float):
-            key = (id(rhs.type.__dict__), lhs, left, 0, options, *named.values())
-            if lhs == 0 and math.copysign(1, lhs) < 0:
-                return check(self, lhs, rhs, *options, **named)
-            known = pairs.get(key)
-            if known is None:
-                x, y = check(self, lhs, rhs, *options, **named)
-                pairs[key] = (x, y.type, rhs.type)
-                return x, y
-            return known[0], retyped(self, rhs, known[1])
         return check(self, lhs, rhs, *options, **named)
 
     def retyped(self: Any, x: Any, wanted: Any) -> Any:
