@@ -27,7 +27,7 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
     monkeypatch.setattr(reason, "SMALL_TILE", 8)
-    monkeypatch.setattr(middle, "SMALL_TILE", 4)
+    monkeypatch.setattr(middle, "STATE_TILE", 4)
     monkeypatch.setattr(middle, "GRADIENT_TILE", 4)
     monkeypatch.setattr(sizes, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
@@ -49,13 +49,13 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("edges, channels_last", [("dynamic", True), ("static", False)])
 def test_states_of_several_images_in_a_row(edges: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large batches: a program reasons for several images, the last one for fewer, and later ones take turns."""
+    """Large batches: a program reasons for several images, the last one for fewer; so do those that sum backwards."""
     from tests.small import assert_same, feature_map, results
     from tests.small import middle as module
     from vcr_ops.ops.vcr_middle import triton_backward_launches, triton_forward_launches
 
     y = feature_map(5, 12, 3, 5, dtype=torch.float64, channels_last=channels_last)
     monkeypatch.setattr(triton_forward_launches, "STATE_ROWS", 2)
-    monkeypatch.setattr(triton_backward_launches, "STATE_PROGRAMS", 3)
+    monkeypatch.setattr(triton_backward_launches, "STATE_ROWS", 10)
     ours, other = (results(module(name, edges=edges).double(), y) for name in ("triton", "composite"))
     assert_same(ours, other, 1e-10)

@@ -47,7 +47,7 @@ TIMED = {
     "concept_sample": ("concept_sample", "concept_reason"),
     "concept_sample_inference": ("concept_sample",),
     "concept_modulate": ("concept_modulate",),
-    "modulate_backward_sums": ("modulate_backward_sums", "state_gradients"),
+    "modulate_backward_sums": ("modulate_backward_sums", "small_gradients"),
     "middle_input_grad": ("middle_input_grad",),
 }
 EVALUATION = ("concept_sample_inference",)

@@ -16,7 +16,7 @@ struct ReasonForward {
   const A *h, *edge, *weight, *bias;  // [N, C, pt]; [pt, C] or [C, C]; [pt]
   A *mean, *var;                      // [pt]; written (var with Bessel's correction) where `batch`
   A* state;                           // [N, C, pt]
-  A *g, *a, *norm;                    // [N, C, pt], [N, C, C], [2 pt]: what the backward pass reads
+  A *g, *a, *norm;                    // [N, C, pt], [N, C, C], [4 pt]: what the backward pass reads
   Parallel pool;
 };
 

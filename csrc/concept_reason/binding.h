@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason(const Tensor& h, const Optiona
     f.weight = get(weight, f.pt, "weight");
     f.bias = get(bias, f.pt, "bias");
     Tensor state = new_small<A>(device.place(), {f.N, f.C, f.pt});
-    Tensor saved = new_small<A>(device.place(), {states + square + 2 * f.pt});
+    Tensor saved = new_small<A>(device.place(), {states + square + 4 * f.pt});
     Tensor new_mean = new_small<A>(device.place(), {f.batch ? f.pt : 0}), new_var = new_small<A>(device.place(), {f.batch ? f.pt : 0});
     if (f.batch) {
       f.mean = data<A>(new_mean), f.var = data<A>(new_var);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reason_backward(const Tensor& dstate,
     f.edges = variant<Edges>(edges_names, edges, "edges");
     f.batch = batch;
     const int64_t states = f.N * f.C * f.pt, square = f.N * f.C * f.C;
-    require(saved.numel() == states + square + 2 * f.pt && saved.scalar_type() == scalar_type<A>(), "saved has another size or dtype");
+    require(saved.numel() == states + square + 4 * f.pt && saved.scalar_type() == scalar_type<A>(), "saved has another size or dtype");
     Params<A, Device> get(device);
     f.dstate = get(dstate, states, "dstate");
     f.h = get(h, states, "h");

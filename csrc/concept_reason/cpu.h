@@ -64,20 +64,19 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
 }
 
 // The batch norm of states, in double whatever their type: over few rows its gradient nearly cancels (over two, to eps / (var + eps) of
-// what goes in), so both directions must see the same mean and scale, and not as a float has them. The backward pass takes the states'
-// own mean again; what it can't is kept as `saved` [2 pt]: the scale, then what rounding took from it (of given statistics: the mean).
+// what goes in), so both directions must see the same mean and scale, and not as a float has them. `saved` [4 pt] has the scale, then what
+// rounding took from it, and the mean in the same way.
 struct StateNorm {
   double *mean, *rstd;  // [pt] each
 };
 
-// The mean of each of the pt columns of g [rows, pt], and its sum of squares about it where not null.
+// The mean of each of the pt columns of g [rows, pt], and its sum of squares about it.
 template <class A>
 void state_moments(int64_t rows, int64_t pt, const A* g, double* mean, double* squares) {
   fill_zero(mean, pt);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) mean[k] += double(g[r * pt + k]);
   for (int64_t k = 0; k < pt; ++k) mean[k] /= double(rows);
-  if (squares == nullptr) return;
   fill_zero(squares, pt);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
@@ -86,6 +85,25 @@ void state_moments(int64_t rows, int64_t pt, const A* g, double* mean, double* s
     }
 }
 // Of this batch; mean and var (with Bessel's correction) are written.
+// What the forward pass used.
+template <class A>
+void saved_state_norm(int64_t pt, const A* saved, const StateNorm& to) {
+  for (int64_t k = 0; k < pt; ++k) {
+    to.rstd[k] = double(saved[k]) + double(saved[pt + k]);
+    to.mean[k] = double(saved[2 * pt + k]) + double(saved[3 * pt + k]);
+  }
+}
+// `of` as the backward pass will find it.
+template <class A>
+void save_state_norm(int64_t pt, const StateNorm& of, A* saved) {
+  for (int64_t k = 0; k < pt; ++k) {
+    saved[k] = A(of.rstd[k]);
+    saved[pt + k] = A(of.rstd[k] - double(saved[k]));
+    saved[2 * pt + k] = A(of.mean[k]);
+    saved[3 * pt + k] = A(of.mean[k] - double(saved[2 * pt + k]));
+  }
+  saved_state_norm(pt, saved, of);
+}
 template <class A>
 void batch_state_norm(int64_t rows, int64_t pt, double eps, const A* g, const StateNorm& to, A* mean, A* var, A* saved) {
   state_moments(rows, pt, g, to.mean, to.rstd);
@@ -94,26 +112,16 @@ void batch_state_norm(int64_t rows, int64_t pt, double eps, const A* g, const St
     mean[k] = A(to.mean[k]);
     var[k] = A(squares / double(rows - 1));
     to.rstd[k] = 1.0 / __builtin_sqrt(squares / double(rows) + eps);
-    saved[k] = A(to.rstd[k]);
-    saved[pt + k] = A(to.rstd[k] - double(saved[k]));
-    to.rstd[k] = double(saved[k]) + double(saved[pt + k]);  // as the backward pass will find it
   }
+  save_state_norm(pt, to, saved);
 }
 template <class A>
 void given_state_norm(int64_t pt, double eps, const A* mean, const A* var, const StateNorm& to, A* saved) {
   for (int64_t k = 0; k < pt; ++k) {
-    to.mean[k] = double(saved[pt + k] = mean[k]);
-    to.rstd[k] = double(saved[k] = A(1.0 / __builtin_sqrt(double(var[k]) + eps)));
+    to.mean[k] = double(mean[k]);
+    to.rstd[k] = double(A(1.0 / __builtin_sqrt(double(var[k]) + eps)));
   }
-}
-// What the forward pass used.
-template <class A>
-void saved_state_norm(int64_t rows, int64_t pt, bool batch, const A* g, const A* saved, const StateNorm& to) {
-  if (batch) state_moments(rows, pt, g, to.mean, static_cast<double*>(nullptr));
-  for (int64_t k = 0; k < pt; ++k) {
-    to.rstd[k] = double(saved[k]) + (batch ? double(saved[pt + k]) : 0.0);
-    if (!batch) to.mean[k] = double(saved[pt + k]);
-  }
+  save_state_norm(pt, to, saved);
 }
 
 // ((g - mean) rstd) weight + bias; weight and bias may be null.

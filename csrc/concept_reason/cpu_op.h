@@ -29,7 +29,7 @@ void reason_backward(const ReasonBackward<A>& f) {
   Scratch<A> dg(states), partial(f.N * share);
   Scratch<double> memory(2 * f.pt);
   const StateNorm norm{memory.get(), memory.get() + f.pt};
-  saved_state_norm(rows, f.pt, f.batch, f.g, f.norm, norm);
+  saved_state_norm(f.pt, f.norm, norm);
   for (int64_t i = 0; i < states; ++i)
     dg.get()[i] = normalised_state(f.g[i], i % f.pt, norm, f.weight, f.bias) <= 0 ? A(0) : f.dstate[i];  // NaN passes
   normalise_states_backward(rows, f.pt, f.batch, f.g, norm, f.weight, dg.get(), f.dweight, f.dbias);

@@ -44,7 +44,7 @@ struct ReasonBackwardLaunch {
     const int64_t states = f.N * f.C * f.pt;
     Workspace at;
     at.masked = carve.take<A>(states), at.dg = carve.take<A>(states), at.shares = carve.take<A>(states);
-    at.parts = carve.take<double>(3 * f.N * f.pt);
+    at.parts = carve.take<double>(2 * f.N * f.pt);
     return at;
   }
   template <class Runner>
@@ -60,7 +60,7 @@ struct ReasonBackwardLaunch {
                                                    at.parts, f.weight, f.norm, at.dg,   f.dweight, f.dbias};
     if (shared_bytes<StateNormBackward<A>>(norm) > runner.device.shared) return {0, true};
     runner.template launch<StateReluBackward<A>>(
-        typename StateReluBackward<A>::Args{f.N, f.C, f.pt, f.batch, f.dstate, f.g, f.weight, f.bias, f.norm, at.masked, at.parts});
+        typename StateReluBackward<A>::Args{f.N, f.C, f.pt, f.dstate, f.g, f.weight, f.bias, f.norm, at.masked, at.parts});
     runner.template launch<StateNormBackward<A>>(norm);
     runner.template launch<ReasonGradients<A>>(
         typename ReasonGradients<A>::Args{f.N, f.C, f.pt, f.edges, at.dg, f.h, f.edge, f.a, f.dh, at.shares, f.dedge});

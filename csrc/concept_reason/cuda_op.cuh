@@ -33,43 +33,30 @@ struct NormaliseStates {
   }
 };
 
-// The ReLU's mask on dstate, and what the batch norm needs of it. Grid: images. Every block takes the mean over all images again.
+// The ReLU's mask on dstate, and what the batch norm needs of it. Grid: images.
 template <class A>
 struct StateReluBackward {
   static constexpr int threads = 256, resident = 2;
   struct Args {
     int64_t N, C, pt;
-    bool batch;
     const A *dstate, *g, *weight, *bias, *kept;
     A* masked;      // [N, C, pt]
-    double* parts;  // [N, 3, pt], of StateGradients
+    double* parts;  // [N, 2, pt], of StateGradients
   };
   struct Shared {
-    SharedArray<double> mean, rstd;
-    VCR_BOTH Shared(SharedCarver& carve, const Args& a) { mean = carve.take<double>(a.pt), rstd = carve.take<double>(a.pt); }
+    VCR_BOTH Shared(SharedCarver&, const Args&) {}
   };
   VCR_BOTH static int64_t units(const Args& a) { return a.N; }
   template <class Thread>
   VCR_DEVICE static void run(Thread& t, const Args& a, int64_t n) {
-    SharedCarver carve{t.shared()};
-    const Shared s(carve, a);
-    const int64_t pt = a.pt, rows = a.N * a.C, states = n * a.C * pt;
-    for_warps(t, pt, [&](int k) {
-      double mean = double(a.kept[pt + k]), rstd = double(a.kept[k]);
-      if (a.batch) {
-        rstd += mean;
-        mean = warp_sum<double>(t, rows, [&](int64_t r) { return double(a.g[r * pt + k]); }) / double(rows);
-      }
-      if (t.lane() == 0) s.mean[k] = mean, s.rstd[k] = rstd;
-    });
-    t.sync();
+    const int64_t pt = a.pt, states = n * a.C * pt;
     for_threads(t, a.C * pt, [&](int i) {
       const int k = i % int(pt);
-      const A state = normalised_state(a.g[states + i], {s.mean[k], s.rstd[k]}, a.weight, a.bias, k);
+      const A state = normalised_state(a.g[states + i], kept_state_norm(a.kept, pt, k), a.weight, a.bias, k);
       a.masked[states + i] = state <= 0 ? A(0) : a.dstate[states + i];  // NaN passes
     });
     t.sync();
-    StateGradients<A>::state_sums(t, a.C, pt, a.g + states, a.masked + states, a.parts + 3 * n * pt);
+    StateGradients<A>::state_sums(t, a.C, pt, a.kept, a.g + states, a.masked + states, a.parts + 2 * n * pt);
   }
 };
 

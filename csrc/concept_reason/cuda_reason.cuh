@@ -59,12 +59,20 @@ VCR_DEVICE StateNormValues batch_state_norm(Thread& t, const double* parts, int6
   });
   return {mean, 1 / square_root(squares / (double(N) * double(C)) + eps)};
 }
-// rstd as the backward pass will find it: a rounded number and what rounding took.
+// What both passes must see alike, `kept` [4 pt]: the scale, then what rounding took from it, and the mean in the same way.
 template <class A>
-VCR_DEVICE double split_rstd(double rstd, A& first, A& second) {
-  first = A(rstd);
-  second = A(rstd - double(first));
-  return double(first) + double(second);
+VCR_DEVICE StateNormValues kept_state_norm(const A* kept, int64_t pt, int64_t k) {
+  return {double(kept[2 * pt + k]) + double(kept[3 * pt + k]), double(kept[k]) + double(kept[pt + k])};
+}
+template <class A>
+VCR_DEVICE void keep_state_norm(StateNormValues norm, A* to, int64_t pt, int64_t k) {
+  to[k] = A(norm.rstd), to[2 * pt + k] = A(norm.mean);
+  to[pt + k] = A(norm.rstd - double(to[k])), to[3 * pt + k] = A(norm.mean - double(to[2 * pt + k]));
+}
+// A double as `kept` has it.
+template <class A>
+VCR_DEVICE double as_kept(double x) {
+  return double(A(x)) + double(A(x - double(A(x))));
 }
 
 template <class A>
@@ -80,7 +88,7 @@ struct StateNormArgs {
   double eps;
   const double* parts;  // [N, 2, pt], where `batch`
   const A *given_mean, *given_var;
-  A *mean, *var, *keep;  // keep [2 pt]; null where nobody asks
+  A *mean, *var, *keep;  // keep: see kept_state_norm; null where nobody asks
 };
 template <class A, class Thread>
 VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N, int64_t C, int64_t pt, bool first, double* mean,
@@ -90,20 +98,19 @@ VCR_DEVICE void find_state_norm(Thread& t, const StateNormArgs<A>& a, int64_t N,
       double squares = 0;
       const StateNormValues norm = batch_state_norm(t, a.parts, N, C, pt, a.eps, k, squares);
       if (t.lane() != 0) return;
-      A high, low;
-      mean[k] = norm.mean;
-      rstd[k] = split_rstd(norm.rstd, high, low);
+      mean[k] = as_kept<A>(norm.mean);
+      rstd[k] = as_kept<A>(norm.rstd);
       if (!first) return;
       a.mean[k] = A(norm.mean);
       a.var[k] = A(squares / (double(N) * double(C) - 1));
-      if (a.keep != nullptr) a.keep[k] = high, a.keep[pt + k] = low;
+      if (a.keep != nullptr) keep_state_norm(norm, a.keep, pt, k);
     });
   } else {
     for_threads(t, pt, [&](int k) {
       const StateNormValues norm = given_state_norm(a.given_mean, a.given_var, a.eps, k);
       mean[k] = norm.mean;
       rstd[k] = norm.rstd;
-      if (first && a.keep != nullptr) a.keep[k] = A(norm.rstd), a.keep[pt + k] = A(norm.mean);
+      if (first && a.keep != nullptr) keep_state_norm(norm, a.keep, pt, k);
     });
   }
 }

@@ -49,13 +49,13 @@ struct MiddleSaved {
   A *m, *u, *r, *abar, *bbar;  // [N, C p]: mean of yhat, score vector, centred weighted mean, modulation without its biases
   A *q, *h, *g, *state;        // [N, C, pt]
   Softmax<A>* softmax;         // [N, C]
-  A* state_norm;               // [2 pt]
+  A* state_norm;               // [4 pt]
   A* edges;                    // [N, C, C] tanh(H We)
   A* R;                        // [N, C p, pt]
 
   static int64_t size(const Problem& pr, bool training) {
     const int64_t CP = pr.channels(), K = pr.N * pr.C * pr.pt;
-    int64_t n = 3 * CP + 5 * pr.N * CP + 4 * K + 3 * pr.N * pr.C + 2 * pr.pt;
+    int64_t n = 3 * CP + 5 * pr.N * CP + 4 * K + 3 * pr.N * pr.C + 4 * pr.pt;
     if (training) n += pr.N * pr.C * pr.C + pr.N * CP * pr.pt;
     return n;
   }
@@ -74,7 +74,7 @@ struct MiddleSaved {
     if (late == nullptr) late = take(late_size(pr));
     abar = late, bbar = abar + pr.N * CP, state = bbar + pr.N * CP;
     softmax = reinterpret_cast<Softmax<A>*>(take(3 * pr.N * pr.C));
-    state_norm = take(2 * pr.pt);
+    state_norm = take(4 * pr.pt);
     edges = take(pr.N * pr.C * pr.C);
     R = at;
   }

@@ -184,7 +184,7 @@ struct MiddleBackwardCpu {
   void state_norm_gradients() const {
     Scratch<double> memory(2 * pr.pt);
     const StateNorm norm{memory.get(), memory.get() + pr.pt};
-    saved_state_norm(NC, pr.pt, o.state_batch, saved.g, saved.state_norm, norm);
+    saved_state_norm(pr.pt, saved.state_norm, norm);
     normalise_states_backward(NC, pr.pt, o.state_batch, saved.g, norm, w.state_weight, dstate, f.grads.state_weight, f.grads.state_bias);
   }
   void edge_gradients() const {

@@ -187,9 +187,10 @@ struct StateGradients {
     Problem problem;
     NormSeen<A> norm;
     const A *F0, *F1, *state, *g;          // sums; [N, C, pt]
+    const A* kept;                         // see kept_state_norm
     const A *scale_weight, *shift_weight;  // [C, pt, p] or null
     A* dstate;                             // [N, C, pt]
-    double* parts;                         // [N, 3, pt]: the mean of G, sums of dstate and of dstate (G - mean)
+    double* parts;                         // [N, 2, pt]: sums of dstate and of dstate (G - mean)
   };
   struct Shared {
     VCR_BOTH Shared(SharedCarver&, const Args&) {}
@@ -214,15 +215,15 @@ struct StateGradients {
       a.dstate[states + i] = a.state[states + i] <= 0 ? A(0) : d;  // NaN passes
     });
     t.sync();
-    state_sums(t, pr.C, pt, a.g + states, a.dstate + states, a.parts + 3 * n * pt);
+    state_sums(t, pr.C, pt, a.kept, a.g + states, a.dstate + states, a.parts + 2 * n * pt);
   }
   template <class Thread>
-  VCR_DEVICE static void state_sums(Thread& t, int64_t C, int64_t pt, const A* g, const A* dstate, double* parts) {
+  VCR_DEVICE static void state_sums(Thread& t, int64_t C, int64_t pt, const A* kept, const A* g, const A* dstate, double* parts) {
     for_warps(t, pt, [&](int k) {
-      const double mean = warp_sum<double>(t, C, [&](int c) { return double(g[c * pt + k]); }) / double(C);
+      const double mean = kept_state_norm(kept, pt, k).mean;
       const double d = warp_sum<double>(t, C, [&](int c) { return double(dstate[c * pt + k]); });
       const double product = warp_sum<double>(t, C, [&](int c) { return double(dstate[c * pt + k]) * (double(g[c * pt + k]) - mean); });
-      if (t.lane() == 0) parts[k] = mean, parts[pt + k] = d, parts[2 * pt + k] = product;
+      if (t.lane() == 0) parts[k] = d, parts[pt + k] = product;
     });
   }
 };
@@ -236,7 +237,7 @@ struct StateNormBackward {
     bool batch;
     const A *dstate, *g;
     const double* parts;      // of StateGradients
-    const A *weight, *kept;   // kept [2 pt]: see StateNormArgs
+    const A *weight, *kept;   // see kept_state_norm
     A *dg, *dweight, *dbias;  // the last two may be null
   };
   struct Shared {
@@ -253,13 +254,9 @@ struct StateNormBackward {
     const int64_t pt = a.pt;
     const double count = double(a.N) * double(a.C);
     for_warps(t, pt, [&](int k) {
-      const auto part = [&](int i, int64_t which) { return a.parts[(3 * i + which) * pt + k]; };
-      const double found = warp_sum<double>(t, a.N, [&](int i) { return part(i, 0); }) / double(a.N);
-      const double mean = a.batch ? found : double(a.kept[pt + k]);
-      const double rstd = a.batch ? double(a.kept[k]) + double(a.kept[pt + k]) : double(a.kept[k]);
-      const double sum = warp_sum<double>(t, a.N, [&](int i) { return part(i, 1); });
-      const double product =
-          warp_sum<double>(t, a.N, [&](int i) { return multiply_add(part(i, 0) - mean, part(i, 1), part(i, 2)); }) * rstd;
+      const auto [mean, rstd] = kept_state_norm(a.kept, pt, k);
+      const double sum = warp_sum<double>(t, a.N, [&](int i) { return a.parts[2 * i * pt + k]; });
+      const double product = warp_sum<double>(t, a.N, [&](int i) { return a.parts[(2 * i + 1) * pt + k]; }) * rstd;
       if (t.lane() != 0) return;
       s.mean[k] = mean, s.rstd[k] = rstd, s.sum[k] = sum, s.product[k] = product;
       if (n != 0) return;

@@ -194,7 +194,7 @@ struct MiddleBackwardLaunch {
     at.sums.K1 = carve.take<A>(pixel ? map : 0), at.sums.K0 = carve.take<A>(pixel ? NC : 0);
     at.dstate = carve.take<A>(states), at.dg = carve.take<A>(states);
     at.partial = carve.take<A>(quotient_up(pr.N, per_group()) * partial_row(pr, o.edges).size());
-    at.parts = carve.take<double>(3 * pr.N * pr.pt);
+    at.parts = carve.take<double>(2 * pr.N * pr.pt);
     at.image = image_gradients<A>(carve, pr);
     return at;
   }
@@ -238,8 +238,8 @@ struct MiddleBackwardLaunch {
         !fit<MiddleInputGrad<T, true>>(device, grad, grad.concepts, grad.block) ||
         shared_bytes<StateNormBackward<A>>(states) > device.shared)
       return {0, true};
-    const typename StateGradients<A>::Args modulated{pr,      norm,           at.sums.F0,     at.sums.F1, saved.state,
-                                                     saved.g, w.scale_weight, w.shift_weight, at.dstate,  at.parts};
+    const typename StateGradients<A>::Args modulated{
+        pr, norm, at.sums.F0, at.sums.F1, saved.state, saved.g, saved.state_norm, w.scale_weight, w.shift_weight, at.dstate, at.parts};
     const SampleState<A> state{saved.m, saved.u, saved.r, saved.q, saved.h, saved.softmax, saved.R};
     const SamplerBackward<A> sampler{pr,      o.sampler, norm, {w.value, w.query, w.key, w.logit}, state, pixel ? at.sums.K1 : nullptr,
                                      at.image};

@@ -250,6 +250,7 @@ def merge_sums(
     sums,
     first_from,
     n,
+    live,
     rows,
     c,
     j,
@@ -257,44 +258,49 @@ def merge_sums(
     SPLITS: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
-    CB: tl.constexpr,
-    P2: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The rows of image n merged in order: what backward_sweep returns, for the whole image."""
+    """Concept c of the images ``n`` (BN,), of ``rows`` rows SPLITS each, which are merged in order: what backward_sweep
+    returns, of whole images, (BN, P2) and (BN,). K1 is there less the share of the maxima."""
     size = scalar(rows).to(tl.int64) * (C * P)
     small = scalar(rows).to(tl.int64) * C
-    E0 = tl.zeros((CB, P2), ACC)
-    E1 = tl.zeros((CB, P2), ACC)
-    F0 = tl.zeros((CB, P2), ACC)
-    F1 = tl.zeros((CB, P2), ACC)
-    K0 = tl.zeros((CB,), ACC)
-    K1 = tl.zeros((CB, P2), ACC)
-    highest = tl.full((CB,), LOWEST, ACC)
-    count = tl.zeros((CB,), ACC)
-    first = tl.zeros((CB,), tl.int32)
-    top_sum = tl.zeros((CB, P2), ACC)
-    for split in tl.static_range(0, SPLITS):
-        row = n * SPLITS + split
-        E0 += load_channels(sums, row, c, j, C, P, ACC)
-        E1 += load_channels(sums + size, row, c, j, C, P, ACC)
+    first_row = n.to(tl.int64) * SPLITS
+    E0 = tl.zeros((n.shape[0], j.shape[0]), ACC)
+    E1 = tl.zeros_like(E0)
+    F0 = tl.zeros_like(E0)
+    F1 = tl.zeros_like(E0)
+    K1 = tl.zeros_like(E0)
+    top_sum = tl.zeros_like(E0)
+    K0 = tl.zeros((n.shape[0],), ACC)
+    count = tl.zeros((n.shape[0],), ACC)
+    highest = tl.full((n.shape[0],), LOWEST, ACC)
+    first = tl.zeros((n.shape[0],), tl.int32)
+    for split in range(SPLITS):
+        row = first_row + split
+        E0 += rows_of(sums, row, live, c, j, C, P, ACC)
+        E1 += rows_of(sums + size, row, live, c, j, C, P, ACC)
         if PIXEL:
-            F0 += load_channels(sums + 2 * size, row, c, j, C, P, ACC)
-            F1 += load_channels(sums + 3 * size, row, c, j, C, P, ACC)
-            K1 += load_channels(sums + 4 * size, row, c, j, C, P, ACC)
-            at = row.to(tl.int64) * C + c
-            K0 += tl.load(sums + 6 * size + at, mask=c < C, other=0.0)
-            new = tl.load(sums + 6 * size + small + at, mask=c < C, other=LOWEST)
-            some = tl.load(sums + 6 * size + 2 * small + at, mask=c < C, other=0.0)
-            place = tl.load(first_from + at, mask=c < C, other=0)
-            sum_there = load_channels(sums + 5 * size, row, c, j, C, P, ACC)
+            F0 += rows_of(sums + 2 * size, row, live, c, j, C, P, ACC)
+            F1 += rows_of(sums + 3 * size, row, live, c, j, C, P, ACC)
+            K1 += rows_of(sums + 4 * size, row, live, c, j, C, P, ACC)
+            at = row * C + c
+            K0 += tl.load(sums + 6 * size + at, mask=live, other=0.0)
+            new = tl.load(sums + 6 * size + small + at, mask=live, other=LOWEST)
+            some = tl.load(sums + 6 * size + 2 * small + at, mask=live, other=0.0)
+            place = tl.load(first_from + at, mask=live, other=0)
+            sum_there = rows_of(sums + 5 * size, row, live, c, j, C, P, ACC)
             above = new > highest
             equal = new == highest
             top_sum = tl.where(above[:, None], sum_there, tl.where(equal[:, None], top_sum + sum_there, top_sum))
             count = tl.where(above, some, tl.where(equal, count + some, count))
             first = tl.where(above, place, first)
             highest = tl.where(above, new, highest)
-    return E0, E1, F0, F1, K0, K1, highest, count, first, top_sum
+    if PIXEL:
+        K1 -= (K0 / tl.maximum(count, 1.0))[:, None] * top_sum
+    else:
+        F0 = E0
+        F1 = E1
+    return E0, E1, F0, F1, K0, K1, highest, count, first
 
 
 @triton.jit

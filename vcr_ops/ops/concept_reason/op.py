@@ -149,7 +149,7 @@ def _fake(
     n, concepts, pt = h.shape
     dtype = acc_dtype(h.dtype)
     statistics = pt if mean is None else 0
-    saved = n * concepts * pt + n * concepts * concepts + 2 * pt if save else 0
+    saved = n * concepts * pt + n * concepts * concepts + 4 * pt if save else 0
     return (
         h.new_empty((n, concepts, pt), dtype=dtype),
         h.new_empty((statistics,), dtype=dtype),

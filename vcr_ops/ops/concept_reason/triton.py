@@ -1,4 +1,4 @@
-"""The reasoner alone on Triton: two launches forward, four backward."""
+"""The reasoner alone on Triton: two launches forward, three backward."""
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ def rows_of_sums(pt: int, rows: int) -> int:
 
 
 def _split(saved: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G (N, C, pt), the dynamic edges (N, C, C), and two numbers per column of the states' norm."""
+    """G (N, C, pt), the dynamic edges (N, C, C), and four numbers per column of the states' norm."""
     n, concepts, pt = h.shape
-    g, edges, norm = saved.split([n * concepts * pt, n * concepts * concepts, 2 * pt])
+    g, edges, norm = saved.split([n * concepts * pt, n * concepts * concepts, 4 * pt])
     return g, edges, norm
 
 
@@ -49,7 +49,7 @@ def forward(
     h, edge = h.contiguous(), dense(edge)
     N, C, pt = h.shape
     batch = mean is None
-    saved = h.new_empty((N * C * pt + N * C * C + 2 * pt,))
+    saved = h.new_empty((N * C * pt + N * C * C + 4 * pt,))
     g, edges_to, norm = _split(saved, h)
     state, parts = h.new_empty(h.shape), h.new_empty((2 * N * pt,), dtype=torch.float64)
     new_mean, new_var = (h.new_empty((pt if batch else 0,)) for _ in range(2))
@@ -111,32 +111,25 @@ def backward(
     N, C, pt = h.shape
     g, edges_from, norm = _split(saved, h)
     dh, masked, dg = (h.new_empty(h.shape) for _ in range(3))
-    means, parts = (h.new_empty((rows * N * pt,), dtype=torch.float64) for rows in (1, 3))
+    parts = h.new_empty((2 * N * pt,), dtype=torch.float64)
     parameters = (edge, weight, bias)
     gradients = [h.new_empty((0,)) if w is None else w.new_zeros(w.shape) for w in parameters]
     dedge, dweight, dbias = (None if w is None else x for w, x in zip(parameters, gradients, strict=True))
     constants, pt2, c2 = _constants(h), power_of_two(pt), power_of_two(C)
     blocks = {"CB": rows_at_once(pt2, C), "num_warps": 4}
-    rows = {"ROWS": rows_of_sums(pt, N), "BATCH": batch}
-    if batch:
-        means_constants = {name: x for name, x in constants.items() if name != "ACC"}
-        launch(kernels.state_means, (N,), h.device, g, means, **means_constants, **blocks)
     launch(
         kernels.state_relu_backward,
         (N,),
         h.device,
         dstate.contiguous(),
         g,
-        means,
         weight,
         dense(bias),
         norm,
         masked,
         parts,
-        N,
         **constants,
         **blocks,
-        **rows,
     )
     launch(
         kernels.state_norm_backward,
@@ -153,7 +146,8 @@ def backward(
         N,
         **constants,
         **blocks,
-        **rows,
+        BATCH=batch,
+        ROWS=rows_of_sums(pt, N),
     )
     launch(
         kernels.reason_gradients,

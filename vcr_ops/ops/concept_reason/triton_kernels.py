@@ -187,44 +187,69 @@ def store_state_part(parts, row, k, mean, squares, PT: tl.constexpr):
 
 
 @triton.jit
-def store_state_norm(to, k, rstd, mean, BATCH: tl.constexpr, PT: tl.constexpr):
-    """What the backward pass can't find again, (2, pt): of a batch's 1 / sqrt(var + eps) the rest that rounding leaves,
-    besides, since its mean can be had from G; of given statistics the mean."""
-    rounded = rstd.to(to.dtype.element_ty)
+def store_state_norm(to, k, rstd, mean, PT: tl.constexpr):
+    """What both directions must see alike, (4, pt): 1 / sqrt(var + eps), what rounding takes from it, and the mean in
+    the same way."""
+    store_split(to, k, rstd, PT)
+    store_split(to + 2 * PT, k, mean, PT)
+
+
+@triton.jit
+def store_split(to, k, x, PT: tl.constexpr):
+    """x, float64, as a number and what rounding takes from it, (2, pt)."""
+    rounded = x.to(to.dtype.element_ty)
     tl.store(to + k, rounded, mask=k < PT)
-    second = rstd - rounded.to(tl.float64) if BATCH else mean
-    tl.store(to + PT + k, second.to(to.dtype.element_ty), mask=k < PT)
+    tl.store(to + PT + k, (x - rounded.to(tl.float64)).to(to.dtype.element_ty), mask=k < PT)
 
 
 @triton.jit
-def load_state_norm(base, means, N, k, ROW: tl.constexpr, BATCH: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
-    """(mean, 1 / sqrt(var + eps)), (PT2,) float64 each; means (N, ROW, pt): each image's mean of G."""
-    first = load_vector(base, k, 0.0, PT, tl.float64)
-    second = load_vector(base + PT, k, 0.0, PT, tl.float64)
+def load_state_norm(base, k, PT: tl.constexpr):
+    """(mean, 1 / sqrt(var + eps)), (PT2,) float64 each."""
+    rstd = load_vector(base, k, 0.0, PT, tl.float64) + load_vector(base + PT, k, 0.0, PT, tl.float64)
+    mean = load_vector(base + 2 * PT, k, 0.0, PT, tl.float64) + load_vector(base + 3 * PT, k, 0.0, PT, tl.float64)
+    return mean, rstd
+
+
+@triton.jit
+def store_state_sums(parts, row, k, dstate, product, PT: tl.constexpr):
+    """Row ``row`` of parts (rows, 2, pt): the sums of dstate and of dstate G over some states."""
+    at = parts + 2 * row * PT + k
+    tl.store(at, dstate, mask=k < PT)
+    tl.store(at + PT, product, mask=k < PT)
+
+
+@triton.jit
+def load_state_sums(parts, rows, k, mean, rstd, PT: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of dstate and of dstate xhat over all rows of parts, ROWS at a time: (PT2,) float64 each, the gradients
+    of the norm's bias and weight."""
+    dstate = tl.zeros((k.shape[0],), tl.float64)
+    product = tl.zeros((k.shape[0],), tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (k < PT)[None, :]
+        at = parts + (2 * row * PT)[:, None] + k[None, :]
+        dstate += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+        product += tl.sum(tl.load(at + PT, mask=mask, other=0.0), 0)
+    return dstate, (product - mean * dstate) * rstd
+
+
+@triton.jit
+def store_norm_gradients(dweight, dbias, k, sum0, sum1, PT: tl.constexpr, ACC: tl.constexpr):
+    """The gradients of the norm's weight and bias, where they are wanted."""
+    if dweight is not None:
+        # by way of ACC: the interpreter can't make bfloat16 of float64
+        tl.store(dweight + k, sum1.to(ACC).to(dweight.dtype.element_ty), mask=k < PT)
+    if dbias is not None:
+        tl.store(dbias + k, sum0.to(ACC).to(dbias.dtype.element_ty), mask=k < PT)
+
+
+@triton.jit
+def norm_gradient(dstate, g, mean, rstd, gain, share0, share1, BATCH: tl.constexpr):
+    """dL/dG of states, float64. BATCH: share0 and share1 are the sums over all states by their number; given
+    statistics are constants. The vectors broadcast."""
     if BATCH:
-        return sum_images(means, N, k, ROW, PT, ROWS) / scalar(N).to(tl.float64), first + second
-    else:
-        return second, first
-
-
-@triton.jit
-def sum_images(parts, N, k, ROW: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
-    """(PT2,): the sum over images of the first rows of parts (N, ROW, pt)."""
-    total = tl.zeros((k.shape[0],), tl.float64)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        mask = (n < N)[:, None] & (k < PT)[None, :]
-        total += tl.sum(tl.load(parts + (ROW * n * PT)[:, None] + k[None, :], mask=mask, other=0.0), 0)
-    return total
-
-
-@triton.jit
-def store_state_sums(parts, n, k, g, dstate, product, C: tl.constexpr, PT: tl.constexpr):
-    """Image n's row of parts (N, 3, pt): the mean of G, the sums of dstate and of dstate G, over its concepts."""
-    at = parts + 3 * n * PT + k
-    tl.store(at, g / C, mask=k < PT)
-    tl.store(at + PT, dstate, mask=k < PT)
-    tl.store(at + 2 * PT, product, mask=k < PT)
+        dstate = dstate - share0 - (g - mean) * rstd * share1
+    return dstate * gain
 
 
 @triton.jit
@@ -246,39 +271,37 @@ def state_norm_backward(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dG through the batch norm of the states; given statistics are constants. Grid (programs,), each of which takes
-    every ``programs``th image: all of them add up the sums of all images first.
+    """The op alone: dL/dG through the batch norm of the states. Grid (N,): each adds up the sums of all images first.
 
-    parts: see store_state_sums. norm_from: see store_state_norm.
+    parts: see store_state_sums, a row for each image. norm_from: see store_state_norm.
     """
+    n = tl.program_id(0)
     k = tl.arange(0, PT2)
-    share = 1.0 / (scalar(N).to(tl.float64) * C)
-    mean, rstd = load_state_norm(norm_from, parts, N, k, 3, BATCH, PT, ROWS)
-    sum0 = sum_images(parts + PT, N, k, 3, PT, ROWS)
-    sum1 = (sum_images(parts + 2 * PT, N, k, 3, PT, ROWS) - mean * sum0) * rstd  # of dstate xhat
-    if tl.program_id(0) == 0:
-        if dweight is not None:
-            # by way of ACC: the interpreter can't make bfloat16 of float64
-            tl.store(dweight + k, sum1.to(ACC).to(dweight.dtype.element_ty), mask=k < PT)
-        if dbias is not None:
-            tl.store(dbias + k, sum0.to(ACC).to(dbias.dtype.element_ty), mask=k < PT)
+    mean, rstd = load_state_norm(norm_from, k, PT)
+    sum0, sum1 = load_state_sums(parts, N, k, mean, rstd, PT, ROWS)
+    if n == 0:
+        store_norm_gradients(dweight, dbias, k, sum0, sum1, PT, ACC)
     gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
-    sum0 *= share
-    sum1 *= share
-    for image in range(tl.program_id(0), N, tl.num_programs(0)):
-        n = scalar(image)
-        for start in range(0, C, CB):
-            c = start + tl.arange(0, CB)
-            d = load_states(dstate, n, c, k, C, PT, tl.float64)
-            if BATCH:
-                xhat = (load_states(g_from, n, c, k, C, PT, tl.float64) - mean[None, :]) * rstd[None, :]
-                d = d - sum0[None, :] - xhat * sum1[None, :]
-            store_states(dg_to, n, c, k, (d * gain[None, :]).to(ACC), C, PT)
+    share = 1.0 / (scalar(N).to(tl.float64) * C)
+    for start in range(0, C, CB):
+        c = start + tl.arange(0, CB)
+        dg = norm_gradient(
+            load_states(dstate, n, c, k, C, PT, tl.float64),
+            load_states(g_from, n, c, k, C, PT, tl.float64),
+            mean[None, :],
+            rstd[None, :],
+            gain[None, :],
+            (sum0 * share)[None, :],
+            (sum1 * share)[None, :],
+            BATCH,
+        )
+        store_states(dg_to, n, c, k, dg.to(ACC), C, PT)
 
 
 @triton.jit
 def reasoner_backward(
-    dg_from,
+    dg,
+    dg_all,
     h,
     edge,
     edges,
@@ -292,14 +315,13 @@ def reasoner_backward(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dh of concept c in the images ``n``, (BN, PT2), from dL/dG (N, C, pt), and their share of the edges' gradient:
-    column c of W^edge (PT2,), which all concepts' scores against c reach, or row c of the learned matrix (C2,)."""
-    dg = rows_of(dg_from, n, live, c, k, C, PT, ACC)
+    """dL/dh of concept c in the images ``n``, (BN, PT2), from its dL/dG, dg, and that of all concepts, dg_all (BN, C2,
+    PT2); and their share of the edges' gradient: column c of W^edge (PT2,), which all concepts' scores against c reach,
+    or row c of the learned matrix (C2,)."""
     if EDGES == "none":
         return dg, tl.zeros((k.shape[0],), ACC)
     else:
         h_all = all_states(h, n, live, d, k, C, PT, ACC)
-        dg_all = all_states(dg_from, n, live, d, k, C, PT, ACC)
         da = tl.sum(dg[:, None, :] * h_all, 2)  # of row c of A
         if EDGES == "dynamic":
             mask = live[:, None] & (d < C)[None, :]
@@ -370,47 +392,31 @@ def normalise_states(
         state = normalise(load_states(g_from, n, c, k, C, PT, ACC), mean, rstd, weight, bias, k, PT, ACC)
         store_states(state_to, n, c, k, state, C, PT)
     if n == 0:
-        store_state_norm(norm_to, k, rstd, mean, BATCH, PT)
+        store_state_norm(norm_to, k, rstd, mean, PT)
         if BATCH:
             tl.store(mean_to + k, mean.to(ACC), mask=k < PT)
             tl.store(var_to + k, var.to(ACC), mask=k < PT)
 
 
 @triton.jit
-def state_means(g_from, means, C: tl.constexpr, CB: tl.constexpr, PT: tl.constexpr, PT2: tl.constexpr):
-    """The op alone: each image's mean of G, means (N, pt). Grid (N,)."""
-    n = tl.program_id(0)
-    k = tl.arange(0, PT2)
-    total = tl.zeros((PT2,), tl.float64)
-    for start in range(0, C, CB):
-        total += tl.sum(load_states(g_from, n, start + tl.arange(0, CB), k, C, PT, tl.float64), 0)
-    tl.store(means + n * PT + k, total / C, mask=k < PT)
-
-
-@triton.jit
 def state_relu_backward(
     dstate_from,
     g_from,
-    means,
     weight,
     bias,
     norm_from,
     dstate_to,
     parts,
-    N,
-    BATCH: tl.constexpr,
     C: tl.constexpr,
     CB: tl.constexpr,
     PT: tl.constexpr,
     PT2: tl.constexpr,
-    ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The op alone: dL/d(what the ReLU is taken of), and its sums, see store_state_sums. Grid (N,)."""
     n = tl.program_id(0)
     k = tl.arange(0, PT2)
-    mean, rstd = load_state_norm(norm_from, means, N, k, 1, BATCH, PT, ROWS)
-    g_sum = tl.zeros((PT2,), tl.float64)
+    mean, rstd = load_state_norm(norm_from, k, PT)
     sum0 = tl.zeros((PT2,), tl.float64)
     sum1 = tl.zeros((PT2,), tl.float64)
     for start in range(0, C, CB):
@@ -419,10 +425,9 @@ def state_relu_backward(
         state = normalise(g, mean, rstd, weight, bias, k, PT, ACC)
         dstate = tl.where(state <= 0, 0.0, load_states(dstate_from, n, c, k, C, PT, ACC))
         store_states(dstate_to, n, c, k, dstate, C, PT)
-        g_sum += tl.sum(g.to(tl.float64), 0)
         sum0 += tl.sum(dstate.to(tl.float64), 0)
         sum1 += tl.sum(dstate.to(tl.float64) * g.to(tl.float64), 0)
-    store_state_sums(parts, n, k, g_sum, sum0, sum1, C, PT)
+    store_state_sums(parts, n, k, sum0, sum1, PT)
 
 
 @triton.jit
@@ -450,7 +455,9 @@ def reason_gradients(
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         live = n < N
-        dh, more = reasoner_backward(dg, h, edge, edges, n, live, c, d, k, EDGES, C, PT, ACC)
+        dg_mine = rows_of(dg, n, live, c, k, C, PT, ACC)
+        dg_all = all_states(dg, n, live, d, k, C, PT, ACC)
+        dh, more = reasoner_backward(dg_mine, dg_all, h, edge, edges, n, live, c, d, k, EDGES, C, PT, ACC)
         store_rows(dh_to, n, live, c, k, dh, C, PT)
         total += more
     if EDGES == "dynamic":

@@ -56,7 +56,7 @@ def sampler_backward(
     """Concept c in the images ``n``: from dh (BN, PT2) to what the map's gradient is made of, which is stored, and to
     the sums over these images of the gradients of value, query, key (P2, PT2), logit, s and b (P2,).
 
-    s, b (1 or BN, P2). EXTRA: K1 (N, C*p) reaches v besides, from pixel modulation or the attention's own gradient.
+    s, b (1 or BN, P2). EXTRA: K1 (BN, P2) reaches v besides, from pixel modulation or the attention's own gradient.
     """
     r = rows_of(r_from, n, live, c, j, C, P, ACC)
     x = tl.sum(weight_of(value, c, j, k, P, PT, ACC) * dh[:, None, :], 2)  # drbar
@@ -75,7 +75,7 @@ def sampler_backward(
         R = tl.load(R_from + at[:, :, None] * PT + k[None, None, :], mask=mask, other=0.0)
         dv = tl.sum(R * dh[:, None, :], 2)
         if EXTRA:
-            dv += rows_of(K1, n, live, c, j, C, P, ACC)
+            dv += K1
         du = s * dv
         ds += tl.sum(u * dv, 0)
         constant = tl.zeros_like(dr)
@@ -206,7 +206,7 @@ def sample_gradients(
             saved + 2 * maps,
             saved + 3 * maps,
             saved + softmax + scalar(N).to(tl.int64) * (3 * C),
-            K1,
+            rows_of(K1, n, live, c, j, C, P, ACC) if EXTRA else None,
             one,
             rows_of(saved, n, live, c, j, C, P, ACC),
             tl.zeros((BN, P2), ACC),

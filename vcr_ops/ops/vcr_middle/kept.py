@@ -14,14 +14,14 @@ def saved_states(n: int, concepts: int, p: int, pt: int) -> int:
 def saved_size(n: int, concepts: int, p: int, pt: int, save: bool) -> int:
     """Numbers in ``saved`` (MiddleSaved::size)."""
     channels = concepts * p
-    size = 3 * channels + 5 * n * channels + 4 * n * concepts * pt + 3 * n * concepts + 2 * pt
+    size = 3 * channels + 5 * n * channels + 4 * n * concepts * pt + 3 * n * concepts + 4 * pt
     return size + (n * concepts * concepts + n * channels * pt if save else 0)
 
 
-def merged_size(n: int, concepts: int, p: int, modulation: str) -> int:
-    """Numbers of what ``store_sums`` leaves of every image, on Triton."""
+def sums_size(rows: int, concepts: int, p: int, modulation: str) -> int:
+    """Numbers of what ``store_sums`` leaves, on Triton; a row for each image, or each part of one."""
     channels = concepts * p
-    return n * (6 * channels + 3 * concepts if modulation == "pixel" else 2 * channels)
+    return rows * (6 * channels + 3 * concepts if modulation == "pixel" else 2 * channels)
 
 
 class Kept(NamedTuple):
@@ -43,7 +43,7 @@ def kept_by_cpp(n: int, concepts: int, p: int, pt: int, modulation: str) -> Kept
 def kept_by_triton(n: int, concepts: int, p: int, pt: int, modulation: str) -> Kept:
     """``late`` is all that the op keeps, completed; see triton_steps.py."""
     saved = saved_size(n, concepts, p, pt, True)
-    return Kept(saved, saved, merged_size(n, concepts, p, modulation) + n * concepts * (pt + 1))
+    return Kept(saved, saved, sums_size(n, concepts, p, modulation) + n * concepts * (pt + 1))
 
 
 def kept(y: Tensor, weight: Sequence[int], modulation: str) -> Kept:

@@ -1,4 +1,4 @@
-"""The middle's 5 launches backward on Triton, and the op that makes them.
+"""The middle's 3 launches backward on Triton, and the op that makes them.
 
 Each launch is a function of its own, since ``triton_steps`` makes other ops of them.
 """
@@ -11,15 +11,14 @@ from torch import Tensor
 from ...maps import acc_dtype, empty_map_like
 from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
-from ...triton_common.sizes import SMALL_TILE, Sizes, cdiv, options, rows_at_once, sizes_of, splits_of
-from ..concept_reason.triton import rows_of_sums
-from ..concept_reason.triton_kernels import state_norm_backward
+from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sizes_of, splits_of
 from . import triton_backward, triton_input_grad
 from .arguments import Learned, Variant
-from .kept import merged_size, saved_size, saved_states
+from .kept import sums_size
 
-STATE_PROGRAMS = 128  # of state_norm_backward, each of which adds up the sums of all images
-GRADIENT_GROUPS = 32
+STATE_ROWS = 1024  # of sums of the states, which every program of small_gradients adds up
+STATE_TILE = 2048  # numbers of them at a time
+GRADIENT_GROUPS = 8
 GRADIENT_TILE = 1024  # elements that small_gradients has of several images, beside many sums
 
 
@@ -30,51 +29,63 @@ def gradient_numbers(size: Sizes, edges: str) -> int:
 
 
 class Sums(NamedTuple):
-    """Of every image: ``merged``, see store_sums; ``first``, where a maximum stands (pixel modulation); dL/d(state
-    before its ReLU) and what its norm needs of it, see store_state_sums.
+    """Of every part of an image: ``sums``, see store_sums; ``first``, where a maximum stands (pixel modulation);
+    dL/d(state before its ReLU), and what its norm needs of it: ``state_sums``, see store_state_sums.
     """
 
-    merged: Tensor
+    splits: int
+    sums: Tensor
     first: Tensor
     dstate: Tensor
-    dstate_parts: Tensor
+    state_sums: Tensor
+
+    def rows(self, pt: int) -> int:
+        """Of the last."""
+        return self.state_sums.numel() // (2 * pt)
 
 
-def sums_of(
+def backward_sums(
     grad_out: Tensor,
     y: Tensor,
     size: Sizes,
     learned: Learned,
     saved: Tensor,
     variant: Variant,
-    merged: Tensor,
-    first: Tensor,
-    dstate: Tensor,
 ) -> Sums:
-    """2R; the last three are memory to write to."""
+    """2R"""
     N, C, p, pt, S = size[:5]
-    pixel, norm_bias = variant.modulation == "pixel", dense(learned.norm_bias)
-    grad = map_view_like(grad_out, size.view)
+    pixel = variant.modulation == "pixel"
     found = size.config("modulate_backward_sums")
     splits = splits_of(found, S)
-    sums = merged.new_empty((merged_size(N, C, p, variant.modulation) * splits,))
-    firsts = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
+    parts = N * splits * cdiv(C, found["CB"])
+    per_program = cdiv(parts, STATE_ROWS)
+    programs = cdiv(parts, per_program)
+    sums = saved.new_empty((sums_size(N * splits, C, p, variant.modulation),))
+    first = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
+    dstate = saved.new_empty((N * splits * C * pt,))
+    state_sums = y.new_empty((programs * 2 * pt,), dtype=torch.float64)
     launch(
         triton_backward.modulate_backward_sums,
-        (N * splits * cdiv(C, found["CB"]),),
+        (programs,),
         y.device,
         *size.view.strided,
-        *grad.strided,
-        norm_bias,
+        *map_view_like(grad_out, size.view).strided,
+        dense(learned.norm_bias),
+        dense(learned.scale_weight),
+        dense(learned.shift_weight),
         learned.scale_bias.contiguous(),
         learned.shift_bias.contiguous(),
         saved,
         sums,
-        firsts,
+        first,
+        dstate,
+        state_sums,
         N,
         S,
+        per_program,
         **size.map_constants,
         PT=pt,
+        PT2=power_of_two(pt),
         NORM=variant.norm,
         PIXEL=pixel,
         SPLITS=splits,
@@ -82,70 +93,35 @@ def sums_of(
         BS=found["BS"],
         **options(found),
     )
-    dstate_parts = y.new_empty((3 * N * pt,), dtype=torch.float64)
+    return Sums(splits, sums, first, dstate, state_sums)
+
+
+def merge_splits(
+    size: Sizes, parts: Sums, g: Tensor, merged: Tensor, first: Tensor, dstate: Tensor, modulation: str
+) -> Sums:
+    """The same with a row for each image, in the memory given. g: (N, C, pt)."""
+    N, C, p, pt, _ = size[:5]
+    state_sums = g.new_empty((C * 2 * pt,), dtype=torch.float64)
     launch(
-        triton_backward.state_gradients,
-        (N,),
-        y.device,
-        sums,
-        firsts,
-        norm_bias,
-        dense(learned.scale_weight),
-        dense(learned.shift_weight),
-        saved,
+        triton_backward.merge_splits,
+        (C,),
+        g.device,
+        parts.sums,
+        parts.first,
+        parts.dstate,
+        g,
         merged,
         first,
         dstate,
-        dstate_parts,
+        state_sums,
         N,
         **size.small_constants,
-        NORM=variant.norm,
-        PIXEL=pixel,
-        SPLITS=splits,
-        CB=max(1, min(power_of_two(C), SMALL_TILE // (power_of_two(p) * power_of_two(pt)))),
+        PIXEL=modulation == "pixel",
+        SPLITS=parts.splits,
+        BN=max(1, min(power_of_two(N), GRADIENT_TILE // max(power_of_two(p), power_of_two(pt)))),
         num_warps=4,
     )
-    return Sums(merged, first, dstate, dstate_parts)
-
-
-def state_norm_gradient(
-    size: Sizes,
-    dstate: Tensor,
-    dstate_parts: Tensor,
-    state_weight: Tensor | None,
-    saved: Tensor,
-    norm_from: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    state_batch: bool,
-) -> Tensor:
-    """dL/dG. norm_from (2, pt): see store_state_norm."""
-    N, C, p, pt, _ = size[:5]
-    dg = torch.empty_like(dstate)
-    pt2 = power_of_two(pt)
-    launch(
-        state_norm_backward,
-        (min(N, STATE_PROGRAMS),),
-        dstate.device,
-        dstate,
-        saved.narrow(0, saved_states(N, C, p, pt), N * C * pt),
-        dstate_parts,
-        dense(state_weight),
-        norm_from,
-        dg,
-        dweight,
-        dbias,
-        N,
-        BATCH=state_batch,
-        C=C,
-        CB=rows_at_once(pt2, C),
-        PT=pt,
-        PT2=pt2,
-        ROWS=rows_of_sums(pt, N),
-        ACC=size.map_constants["ACC"],
-        num_warps=4,
-    )
-    return dg
+    return Sums(1, merged, first, dstate, state_sums)
 
 
 class Attended(NamedTuple):
@@ -157,53 +133,74 @@ class Attended(NamedTuple):
     rdr: Tensor
 
 
+class Tops(NamedTuple):
+    """Of every image, for pixel modulation, see store_tops: (3, N, C), and where the maxima stand (N, C)."""
+
+    tops: Tensor
+    first: Tensor
+
+
 def small_gradients(
     size: Sizes,
     learned: Learned,
     saved: Tensor,
-    merged: Tensor,
-    dg: Tensor,
-    to: Attended,
+    sums: Sums,
+    attended: Attended,
+    tops: Tops,
     variant: Variant,
+    state_batch: bool,
+    dstate_weight: Tensor | None,
+    dstate_bias: Tensor | None,
 ) -> tuple[Tensor, int]:
     """(partial, groups): the parameters' gradients, summed over groups of images; partial (groups,
-    ``gradient_numbers``).
+    ``gradient_numbers``). attended, tops, dstate_weight and dstate_bias are written.
     """
     N, C, p, pt, S = size[:5]
     c2, p2, pt2 = power_of_two(C), power_of_two(p), power_of_two(pt)
     groups = min(N, GRADIENT_GROUPS)
     per_group = cdiv(N, groups)
     groups = cdiv(N, per_group)
-    partial = dg.new_empty((groups * gradient_numbers(size, variant.edges),))
+    partial = saved.new_empty((groups * gradient_numbers(size, variant.edges),))
     at_once = GRADIENT_TILE // max(c2 * pt2, p2 * pt2)
+    rows = sums.rows(pt)
     launch(
         triton_backward.small_gradients,
         (C, groups),
-        dg.device,
+        saved.device,
         dense(learned.norm_bias),
         learned.value.contiguous(),
         dense(learned.query),
         dense(learned.key),
         dense(learned.edge),
+        dense(learned.state_weight),
         learned.scale_bias.contiguous(),
         saved,
-        merged,
-        dg,
-        *to,
+        sums.sums,
+        sums.first,
+        sums.dstate,
+        sums.state_sums,
+        *attended,
+        *tops,
         partial,
+        dstate_weight,
+        dstate_bias,
         N,
         S,
         per_group,
+        rows,
         **size.small_constants,
         C2=c2,
         NORM=variant.norm,
+        STATE_BATCH=state_batch,
         SAMPLER=variant.sampler,
         EDGES=variant.edges,
         PIXEL=variant.modulation == "pixel",
+        SPLITS=sums.splits,
         SCALE=learned.scale_weight is not None,
         SHIFT=learned.shift_weight is not None,
         BN=max(1, min(power_of_two(per_group), at_once)),
-        num_warps=4,
+        ROWS=max(1, min(power_of_two(rows), STATE_TILE // pt2)),
+        num_warps=8,
     )
     return partial, groups
 
@@ -215,9 +212,8 @@ def input_gradient(
     size: Sizes,
     learned: Learned,
     saved: Tensor,
-    merged: Tensor,
-    first: Tensor,
     attended: Attended,
+    tops: Tops,
     partial: Tensor,
     groups: int,
     to: Learned,
@@ -238,8 +234,7 @@ def input_gradient(
         learned.scale_bias.contiguous(),
         learned.shift_bias.contiguous(),
         saved,
-        merged,
-        first,
+        *tops,
         *attended,
         partial,
         to.value,
@@ -291,14 +286,11 @@ def backward(grad_out: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     def numbers(count: int) -> Tensor:
         return y.new_empty((count,), dtype=acc)
 
-    first = y.new_empty((N * C if modulation == "pixel" else 0,), dtype=torch.int32)
-    memory = numbers(merged_size(N, C, p, modulation)), first, numbers(N * C * pt)
-    sums = sums_of(grad_out, y, size, learned, saved, variant, *memory)
-    state_norm = saved.narrow(0, saved_size(N, C, p, pt, False) - 2 * pt, 2 * pt)
-    norms = (learned.state_weight, saved, state_norm, to.state_weight, to.state_bias)
-    dg = state_norm_gradient(size, sums.dstate, sums.dstate_parts, *norms, state_batch)
+    pixel = modulation == "pixel"
+    sums = backward_sums(grad_out, y, size, learned, saved, variant)
     attended = Attended(numbers(N * CP), numbers(N * CP), numbers(N * C))
-    partial, groups = small_gradients(size, learned, saved, sums.merged, dg, attended, variant)
-    summed = (sums.merged, sums.first, attended, partial, groups)
-    input_gradient(grad_out, y, dy, size, learned, saved, *summed, to, variant)
+    tops = Tops(numbers(3 * N * C if pixel else 0), y.new_empty((N * C if pixel else 0,), dtype=torch.int32))
+    norms = (state_batch, to.state_weight, to.state_bias)
+    partial, groups = small_gradients(size, learned, saved, sums, attended, tops, variant, *norms)
+    input_gradient(grad_out, y, dy, size, learned, saved, attended, tops, partial, groups, to, variant)
     return dy, *gradients

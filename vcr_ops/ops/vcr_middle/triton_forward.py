@@ -481,7 +481,7 @@ def concept_modulate(
     bbar = project_state(state, shift_weight, c, j, k, C, P, PT, ACC)
     if SAVE:
         if first:
-            store_state_norm(state_norm_of(saved, N, C, P, PT), k, rstd, mean, STATE_BATCH, PT)
+            store_state_norm(state_norm_of(saved, N, C, P, PT), k, rstd, mean, PT)
         if chunk == 0:
             store_states(states_at(saved, N, 3, C, P, PT), n, c, k, state, C, PT)
             store_channels(per_image(saved, N, 3, C, P), n, c, j, abar, C, P)

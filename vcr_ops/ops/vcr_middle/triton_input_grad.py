@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...triton_common.blocks import load_channels, load_tile, map_tile, place, scalar, split_range, store_tile
 from ..concept_modulate.triton_kernels import pre_activation
-from .triton_saved import modulator_of, rstd_of, softmax_of
+from .triton_saved import modulator_of, rstd_of, s_of, softmax_of
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def middle_input_grad(
     scale_bias,
     shift_bias,
     saved,
-    merged,
+    tops,
     first_from,
     dr_from,
     constant_from,
@@ -191,20 +191,21 @@ def middle_input_grad(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dL/dy; 2R + 1W. Grid (N * CHUNKS * concept blocks,)."""
+    """dL/dy; 2R + 1W. Grid (N * CHUNKS * concept blocks,). tops, first_from: see small_gradients."""
     row, c = place(CB, C)
     n = row // CHUNKS
     j = tl.arange(0, P2)
     edges: tl.constexpr = PT * C if EDGES == "dynamic" else (C * C if EDGES == "static" else 0)
     total: tl.constexpr = 5 * C * P * PT + 5 * C * P + edges
     vectors: tl.constexpr = 5 * C * P * PT
-    mu, s, v, maximum, A1, B1, A0, B0 = modulator_of(
+    mu, v, maximum, A1, B1, A0, B0 = modulator_of(
         saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
     )
     constant = load_channels(constant_from, n, c, j, C, P, ACC)
     c1 = tl.zeros((CB, P2), ACC)
     if NORM == "batch":
         count = scalar(N).to(ACC) * S
+        s = load_channels(s_of(saved, C, P), scalar(0), c, j, C, P, ACC)
         rstd = load_channels(rstd_of(saved, C, P), scalar(0), c, j, C, P, ACC)
         ds = group_channels(partial, groups, total, vectors + 3 * C * P, c, j, GB, C, P, ACC)
         db = group_channels(partial, groups, total, vectors + 4 * C * P, c, j, GB, C, P, ACC)
@@ -216,11 +217,10 @@ def middle_input_grad(
         rdr = tl.load(rdr_from + at, mask=c < C, other=0.0)
         inverse = 1.0 / tl.load(softmax_of(saved, N, C, P, PT) + at * 3 + 1, mask=c < C, other=1.0)
         if PIXEL:
-            size = scalar(N).to(tl.int64) * (C * P)
             small = scalar(N).to(tl.int64) * C
-            K0 = tl.load(merged + 6 * size + at, mask=c < C, other=0.0)
-            highest = tl.load(merged + 6 * size + small + at, mask=c < C, other=0.0)
-            ties = tl.load(merged + 6 * size + 2 * small + at, mask=c < C, other=1.0)
+            K0 = tl.load(tops + at, mask=c < C, other=0.0)
+            highest = tl.load(tops + small + at, mask=c < C, other=0.0)
+            ties = tl.load(tops + 2 * small + at, mask=c < C, other=1.0)
             first = tl.load(first_from + at, mask=c < C, other=0)
     rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
     if PIXEL:

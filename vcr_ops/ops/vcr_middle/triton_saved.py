@@ -39,14 +39,14 @@ def softmax_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
 
 @triton.jit
 def state_norm_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
-    """(2, pt): see store_state_norm"""
+    """(4, pt): see store_state_norm"""
     return softmax_of(saved, N, C, P, PT) + scalar(N).to(tl.int64) * (3 * C)
 
 
 @triton.jit
 def edges_of(saved, N, C: tl.constexpr, P: tl.constexpr, PT: tl.constexpr):
     """(N, C, C): tanh(H W^edge)"""
-    return state_norm_of(saved, N, C, P, PT) + 2 * PT
+    return state_norm_of(saved, N, C, P, PT) + 4 * PT
 
 
 @triton.jit
@@ -87,11 +87,11 @@ def modulator_of(
     PT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(mu, s, v, maximum, A1, B1, A0, B0) of image n; v of the sampler's logits, A and B of the modulator."""
+    """(mu, v, maximum, A1, B1, A0, B0) of image n; v of the sampler's logits, A and B of the modulator."""
     mu, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)
     abar = load_channels(per_image(saved, N, 3, C, P), n, c, j, C, P, ACC)
     bbar = load_channels(per_image(saved, N, 4, C, P), n, c, j, C, P, ACC)
     A1, B1, A0, B0 = coefficients(abar, bbar, s, b, scale_bias, shift_bias, c, j, PIXEL, C, P, ACC)
     v = s * load_channels(per_image(saved, N, 1, C, P), n, c, j, C, P, ACC)
     maximum = tl.load(softmax_of(saved, N, C, P, PT) + (n.to(tl.int64) * C + c) * 3, mask=c < C, other=0.0)
-    return mu, s, v, maximum, A1, B1, A0, B0
+    return mu, v, maximum, A1, B1, A0, B0

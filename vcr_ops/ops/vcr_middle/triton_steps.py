@@ -2,7 +2,8 @@
 processes can tell each other in between what they found.
 
 ``saved`` is what the whole op keeps; ``late`` is a copy of it that ``vcr_middle_modulate`` completes. Where the kernels
-expect the sums of their own batch, they get one row that stands for everybody's. Maps that fit no tile are read once
+expect the sums of their own batch, they get one row that stands for everybody's; and what is handed on of the parts of
+an image is merged, so that its size doesn't depend on how many there are. Maps that fit no tile are read once
 more than in the whole op, for their images' means.
 """
 
@@ -15,14 +16,16 @@ from ...maps import acc_dtype, empty_map_like, positions
 from ...triton_common.sizes import Sizes, cdiv, sizes_of
 from ..dispatch import like_parameter
 from .arguments import Learned, Variant, grouped
-from .kept import kept_by_triton, merged_size
+from .kept import kept_by_triton, saved_states, sums_size
 from .triton_backward_launches import (
     Attended,
+    Sums,
+    Tops,
+    backward_sums,
     gradient_numbers,
     input_gradient,
+    merge_splits,
     small_gradients,
-    state_norm_gradient,
-    sums_of,
 )
 from .triton_forward_launches import Stats, channel_statistics, modulate, reason, sample, sampling_of, state_rows
 
@@ -94,8 +97,14 @@ def vcr_middle_modulate(
 def _summed(size: Sizes, summed: Tensor, modulation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(merged, dstate, first) in ``summed``; the last are int32."""
     states, concepts = size.N * size.C * size.pt, size.N * size.C
-    merged, dstate, first = summed.split((merged_size(*size[:3], modulation), states, concepts))
+    merged, dstate, first = summed.split((sums_size(*size[:3], modulation), states, concepts))
     return merged, dstate, first.view(torch.int32).narrow(0, 0, concepts)
+
+
+def _tops(size: Sizes, merged: Tensor, first: Tensor) -> Tops:
+    """They are the last numbers of store_sums; anything without pixel modulation, where nobody asks."""
+    numbers = 3 * size.N * size.C
+    return Tops(merged.narrow(0, max(0, merged.numel() - numbers), min(numbers, merged.numel())), first)
 
 
 @grouped
@@ -117,18 +126,19 @@ def vcr_middle_backward_sums(
         zeros = (like_parameter(w, y).zero_() for w in modulators)
         return summed, y.new_zeros((2, pt), dtype=torch.float64), *zeros
     merged, dstate, first = _summed(size, summed, variant.modulation)
-    sums = sums_of(grad_out, y, size, learned, late, variant, merged, first, dstate)
-    means, dstates, products = sums.dstate_parts.view(N, 3, pt).unbind(1)
+    parts = backward_sums(grad_out, y, size, learned, late, variant)
+    g = late.narrow(0, saved_states(N, C, p, pt), N * C * pt)
+    sums = merge_splits(size, parts, g, merged, first, dstate, variant.modulation)
     mean, rstd = state_norm
-    dbias = dstates.sum(0)
-    state_sums = torch.stack((dbias, (products.sum(0) - mean * dbias) * rstd))
+    dbias, product = sums.state_sums.view(-1, 2, pt).sum(0)
+    state_sums = torch.stack((dbias, (product - mean * dbias) * rstd))
     # of the modulator's parameters: z = s yhat + b
     maps = 4 if variant.modulation == "pixel" else 2
     E0, E1, *F = merged.narrow(0, 0, maps * N * C * p).view(maps, N, C, p).unbind(0)
     F0, F1 = F or (E0, E1)
     s, b = _norm_of(size, late, variant.norm, learned.norm_bias)
-    channels, states = C * p, N * C * pt
-    state = late.narrow(0, (3 + 5 * N) * channels + 3 * states, states).view(N, C, pt)
+    states = N * C * pt
+    state = late.narrow(0, saved_states(N, C, p, pt) + states, states).view(N, C, pt)
     gradients = (
         None if learned.scale_weight is None else torch.einsum("nck,ncj->ckj", state, s * F1 + b * F0),
         None if learned.shift_weight is None else torch.einsum("nck,ncj->ckj", state, F0),
@@ -176,16 +186,14 @@ def vcr_middle_backward_states(
     attended = late.new_empty((2 * N * channels + N * C,))
     if N == 0:
         return attended, late.new_zeros((2, channels)), *(like_parameter(w, y).zero_() for w in earlier)
-    merged, dstate, _ = _summed(size, summed, variant.modulation)
+    merged, dstate, first = _summed(size, summed, variant.modulation)
     mean, rstd = state_norm
     sum0, sum1 = state_shares * (N * C)
-    row = torch.stack((mean * N, sum0, sum1 / rstd + mean * sum0))
-    parts = torch.cat((row.view(-1), row.new_zeros(3 * (N - 1) * pt)))
-    high = rstd.to(late.dtype)
-    norm_from = torch.cat((high, (rstd - high.double()).to(late.dtype)))
-    dg = state_norm_gradient(size, dstate, parts, learned.state_weight, late, norm_from, None, None, True)
+    everybody = torch.cat((sum0, sum1 / rstd + mean * sum0))
     to = Attended(*attended.split((N * channels, N * channels, N * C)))
-    partial, groups = small_gradients(size, learned, late, merged, dg, to, variant)
+    tops = _tops(size, merged, first)  # they are there, and an op doesn't write to what it is given
+    given = (Sums(1, merged, first, dstate, everybody), to, Tops(*map(torch.empty_like, tops)))
+    partial, groups = small_gradients(size, learned, late, *given, variant, True, None, None)
     sums = partial.view(groups, -1).sum(0)
     weight = channels * pt
     edge_numbers = gradient_numbers(size, variant.edges) - 5 * (weight + channels)
@@ -213,6 +221,7 @@ def vcr_middle_backward_input(
     if size.N == 0:
         return dy
     merged, _, first = _summed(size, summed, variant.modulation)
+    tops = _tops(size, merged, first)
     channels = size.C * size.p
     to = Attended(*attended.split((size.N * channels, size.N * channels, size.N * size.C)))
     partial = late.new_zeros(gradient_numbers(size, variant.edges))
@@ -223,5 +232,5 @@ def vcr_middle_backward_input(
         variant = variant._replace(norm="batch")
     nothing: Any = [None] * len(learned)  # the parameters' gradients are there
     nowhere = Learned(*nothing)
-    input_gradient(grad_out, y, dy, size, learned, late, merged, first, to, partial, 1, nowhere, variant)
+    input_gradient(grad_out, y, dy, size, learned, late, to, tops, partial, 1, nowhere, variant)
     return dy
