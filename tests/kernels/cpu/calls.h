@@ -215,7 +215,7 @@ class Caller {
     f.var = c.state_batch ? out("var", s.pt) : in("var");
     f.state = out("state", s.states());
     const int64_t square = s.N * s.C * s.C;
-    A* saved = memory.array<A>("saved", s.states() + square + 2 * s.pt);
+    A* saved = memory.array<A>("saved", s.states() + square + 4 * s.pt);
     f.g = saved, f.a = saved + s.states(), f.norm = f.a + square;
     f.pool = how.pool;
     ReasonBackward<A> b;
