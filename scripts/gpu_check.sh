@@ -20,7 +20,8 @@
 # (past 2^31 elements): with each backend; memcheck and racecheck (the latter of the CUDA kernels alone): compute-sanitizer;
 # passes: each one's bandwidth, with each backend; faster: both side by side, which writes vcr_ops/faster.json (copied to
 # OUTDIR/faster_table.json); bench: the middle, block and network beside their alternatives, one stage's compiled ones first,
-# in its own time and what the parts before it have left of theirs.
+# in its own time and what the parts before it have left of theirs. Blocks and networks are compared eagerly there; their
+# compiled ones take minutes each: python -m benchmarks --device cuda --levels block network --all --seconds 1500
 #
 # PYTHON is the machine's Python (python3). It needs torch, triton, numpy, pytest, and to build pybind11, setuptools, ninja and
 # nvcc; pytest-xdist makes the tests faster, matplotlib the pictures, scikit-image and scikit-learn give real images.

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from . import grid
 from .backends import BACKENDS, with_backends
@@ -98,6 +99,30 @@ def test_gradients(case, value, backend):
         plain = adapter.plain_result(inputs, bad, case).gradients
         for which, x in plain.items():
             assert x.isfinite().all() or not ours[which].isfinite().all(), f"{value} in d{name}: d{which} is finite"
+
+
+GIVEN = {"concept_reason": "mean", "vcr_middle": "state_mean"}
+
+
+@pytest.mark.parametrize("value", INFINITE.values(), ids=INFINITE)
+@with_backends(*([case for case in some if case.state == "given"] for some in (CASES, SOME, CASES)))
+def test_inf_in_the_given_mean_of_states(case, value, backend):
+    """A state is then 0 or infinite, forward and backward alike. Pixel modulation folds M (alpha z + beta) to M alpha y
+    + M (alpha b + beta), where infinities may cancel: it is held to less, as is the composite."""
+    adapter = ADAPTERS[case.op]
+    inputs, gradients = adapter.draw(case)
+    poison(inputs[GIVEN[case.op]], value)
+    ours = adapter.our_result(inputs, gradients, case, backend)
+    plain = adapter.plain_result(inputs, gradients, case)
+    kinds = (
+        (torch.isnan, torch.isposinf, torch.isneginf) if backend != "composite" and case.modulation != "pixel" else ()
+    )
+    for which, x in plain.outputs.items():
+        assert not (ours.outputs[which].isfinite() & ~x.isfinite()).any(), f"{value}: {which} is finite"
+        for kind in kinds:
+            assert torch.equal(kind(ours.outputs[which]), kind(x)), f"{value}: {kind.__name__} of {which}"
+    if case.op == "concept_reason":
+        assert_close(ours.gradients, plain.gradients, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -65,7 +65,7 @@ void reason_image(int64_t C, int64_t pt, Edges edges, const A* h, const A* edge,
 
 // The batch norm of states, in double whatever their type: over few rows its gradient nearly cancels (over two, to eps / (var + eps) of
 // what goes in), so both directions must see the same mean and scale, and not as a float has them. `saved` [4 pt] has the scale, then what
-// rounding took from it, and the mean in the same way.
+// rounding took from it (nothing, if it isn't finite), and the mean in the same way.
 struct StateNorm {
   double *mean, *rstd;  // [pt] each
 };
@@ -84,7 +84,6 @@ void state_moments(int64_t rows, int64_t pt, const A* g, double* mean, double* s
       squares[k] += x * x;
     }
 }
-// Of this batch; mean and var (with Bessel's correction) are written.
 // What the forward pass used.
 template <class A>
 void saved_state_norm(int64_t pt, const A* saved, const StateNorm& to) {
@@ -93,17 +92,22 @@ void saved_state_norm(int64_t pt, const A* saved, const StateNorm& to) {
     to.mean[k] = double(saved[2 * pt + k]) + double(saved[3 * pt + k]);
   }
 }
-// `of` as the backward pass will find it.
+template <class A>
+VCR_INLINE void save_split(double x, A& high, A& low) {
+  high = A(x);
+  const double rest = x - double(high);
+  low = rest == rest ? A(rest) : A(0);
+}
+// `of` becomes what the backward pass will find.
 template <class A>
 void save_state_norm(int64_t pt, const StateNorm& of, A* saved) {
   for (int64_t k = 0; k < pt; ++k) {
-    saved[k] = A(of.rstd[k]);
-    saved[pt + k] = A(of.rstd[k] - double(saved[k]));
-    saved[2 * pt + k] = A(of.mean[k]);
-    saved[3 * pt + k] = A(of.mean[k] - double(saved[2 * pt + k]));
+    save_split(of.rstd[k], saved[k], saved[pt + k]);
+    save_split(of.mean[k], saved[2 * pt + k], saved[3 * pt + k]);
   }
   saved_state_norm(pt, saved, of);
 }
+// Of this batch; mean and var (with Bessel's correction) are written.
 template <class A>
 void batch_state_norm(int64_t rows, int64_t pt, double eps, const A* g, const StateNorm& to, A* mean, A* var, A* saved) {
   state_moments(rows, pt, g, to.mean, to.rstd);
@@ -152,14 +156,17 @@ void state_norm_sums(int64_t rows, int64_t pt, const A* g, const StateNorm& norm
       product[k] += d * ((double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k]);
     }
 }
-// dstate in, dL/dg out. sum, product: of all rows whose statistics were taken together, divided by their number.
+// dstate in, dL/dg out. sum, product: of all rows whose statistics were taken together, divided by their number; null for given
+// statistics, which are constants.
 template <class A>
 void state_norm_input_grad(int64_t rows, int64_t pt, const A* g, const StateNorm& norm, const A* weight, const double* sum,
                            const double* product, A* dstate) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < pt; ++k) {
       const double scale = (weight ? double(weight[k]) : 1.0) * norm.rstd[k], x = (double(g[r * pt + k]) - norm.mean[k]) * norm.rstd[k];
-      dstate[r * pt + k] = A(scale * (double(dstate[r * pt + k]) - sum[k] - x * product[k]));
+      double d = double(dstate[r * pt + k]);
+      if (sum != nullptr) d -= sum[k] + x * product[k];
+      dstate[r * pt + k] = A(scale * d);
     }
 }
 // Both. dweight, dbias [pt] are always written.
@@ -172,11 +179,10 @@ void normalise_states_backward(int64_t rows, int64_t pt, bool batch, const A* g,
   for (int64_t k = 0; k < pt; ++k) {
     dbias[k] = A(sum[k]);
     dweight[k] = A(product[k]);
-    const double share = batch ? 1.0 / double(rows) : 0.0;  // given statistics are constants
-    sum[k] *= share;
-    product[k] *= share;
+    sum[k] /= double(rows);
+    product[k] /= double(rows);
   }
-  state_norm_input_grad(rows, pt, g, norm, weight, sum, product, dstate);
+  state_norm_input_grad(rows, pt, g, norm, weight, batch ? sum : nullptr, product, dstate);
 }
 
 VCR_INLINE int64_t reason_backward_scratch(int64_t C, int64_t pt) { return 4 * pt * round_up(C, 16) + 16 * pt + 64; }

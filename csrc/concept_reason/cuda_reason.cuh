@@ -59,20 +59,26 @@ VCR_DEVICE StateNormValues batch_state_norm(Thread& t, const double* parts, int6
   });
   return {mean, 1 / square_root(squares / (double(N) * double(C)) + eps)};
 }
-// What both passes must see alike, `kept` [4 pt]: the scale, then what rounding took from it, and the mean in the same way.
+// What both passes must see alike, `kept` [4 pt]: the scale, then what rounding took from it (nothing, if it isn't finite), and the mean in
+// the same way.
 template <class A>
 VCR_DEVICE StateNormValues kept_state_norm(const A* kept, int64_t pt, int64_t k) {
   return {double(kept[2 * pt + k]) + double(kept[3 * pt + k]), double(kept[k]) + double(kept[pt + k])};
 }
 template <class A>
+VCR_DEVICE A lost_by_rounding(double x) {
+  const double rest = x - double(A(x));
+  return rest == rest ? A(rest) : A(0);
+}
+template <class A>
 VCR_DEVICE void keep_state_norm(StateNormValues norm, A* to, int64_t pt, int64_t k) {
-  to[k] = A(norm.rstd), to[2 * pt + k] = A(norm.mean);
-  to[pt + k] = A(norm.rstd - double(to[k])), to[3 * pt + k] = A(norm.mean - double(to[2 * pt + k]));
+  to[k] = A(norm.rstd), to[pt + k] = lost_by_rounding<A>(norm.rstd);
+  to[2 * pt + k] = A(norm.mean), to[3 * pt + k] = lost_by_rounding<A>(norm.mean);
 }
 // A double as `kept` has it.
 template <class A>
 VCR_DEVICE double as_kept(double x) {
-  return double(A(x)) + double(A(x - double(A(x))));
+  return double(A(x)) + double(lost_by_rounding<A>(x));
 }
 
 template <class A>

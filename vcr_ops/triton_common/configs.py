@@ -31,6 +31,8 @@ import torch
 PATH = Path(__file__).with_name("configs.json")
 # What these give an image in evaluation must not depend on its batch, so rules with an ``N`` don't hold for them.
 BATCH_FREE = ("concept_sample_inference", "concept_modulate")
+# A100, H100 and H200, B200, MI300X
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
 FIELDS = ("BS", "CB", "num_warps", "num_stages", "splits")
 Rule = dict[str, Any]
 
@@ -111,6 +113,22 @@ def _arch(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; of a device that isn't here, those of the architecture's largest common GPU."""
+    return MULTIPROCESSORS[_pretended[-1]] if _pretended else _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    from .launch import INTERPRETED
+
+    return (
+        MULTIPROCESSORS["interpreter"]
+        if INTERPRETED
+        else torch.cuda.get_device_properties(device).multi_processor_count
+    )
 
 
 @contextmanager

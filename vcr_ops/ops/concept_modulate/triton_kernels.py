@@ -261,7 +261,7 @@ def merge_sums(
     ACC: tl.constexpr,
 ):
     """Concept c of the images ``n`` (BN,), of ``rows`` rows SPLITS each, which are merged in order: what backward_sweep
-    returns, of whole images, (BN, P2) and (BN,). K1 is there less the share of the maxima."""
+    returns, of whole images, (BN, P2) and (BN,)."""
     size = scalar(rows).to(tl.int64) * (C * P)
     small = scalar(rows).to(tl.int64) * C
     first_row = n.to(tl.int64) * SPLITS
@@ -295,12 +295,10 @@ def merge_sums(
             count = tl.where(above, some, tl.where(equal, count + some, count))
             first = tl.where(above, place, first)
             highest = tl.where(above, new, highest)
-    if PIXEL:
-        K1 -= (K0 / tl.maximum(count, 1.0))[:, None] * top_sum
-    else:
+    if not PIXEL:
         F0 = E0
         F1 = E1
-    return E0, E1, F0, F1, K0, K1, highest, count, first
+    return E0, E1, F0, F1, K0, K1, highest, count, first, top_sum
 
 
 @triton.jit

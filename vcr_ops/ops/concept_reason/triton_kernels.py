@@ -196,10 +196,11 @@ def store_state_norm(to, k, rstd, mean, PT: tl.constexpr):
 
 @triton.jit
 def store_split(to, k, x, PT: tl.constexpr):
-    """x, float64, as a number and what rounding takes from it, (2, pt)."""
+    """x, float64, as a number and what rounding takes from it, (2, pt); nothing, where x isn't finite."""
     rounded = x.to(to.dtype.element_ty)
+    rest = x - rounded.to(tl.float64)
     tl.store(to + k, rounded, mask=k < PT)
-    tl.store(to + PT + k, (x - rounded.to(tl.float64)).to(to.dtype.element_ty), mask=k < PT)
+    tl.store(to + PT + k, tl.where(rest == rest, rest, 0.0).to(to.dtype.element_ty), mask=k < PT)
 
 
 @triton.jit

@@ -98,7 +98,8 @@ def modulate_backward_sums(
     state_sums,
     N,
     S,
-    per_program,
+    each,
+    longer,
     NORM: tl.constexpr,
     PIXEL: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -112,7 +113,8 @@ def modulate_backward_sums(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``per_program`` of the parts (N * SPLITS * concept blocks,), one after the other; 2R. Grid (programs,).
+    """2R. Grid (programs,): of the parts, (N * SPLITS * concept blocks,), each program takes ``each``, one after the
+    other, and the first ``longer`` programs one more.
 
     sums, first_to: see store_sums, and dstate_to (N * SPLITS, C, pt), with a row for each split of an image.
     state_sums: see store_state_sums, with a row for each program.
@@ -122,8 +124,9 @@ def modulate_backward_sums(
     k = tl.arange(0, PT2)
     sum0 = tl.zeros((PT2,), tl.float64)
     sum1 = tl.zeros((PT2,), tl.float64)
-    first_part = tl.program_id(0) * per_program
-    for part_number in range(first_part, tl.minimum(first_part + per_program, N * SPLITS * blocks)):
+    program = tl.program_id(0)
+    first_part = program * each + tl.minimum(program, longer)
+    for part_number in range(first_part, first_part + each + tl.where(program < longer, 1, 0)):
         part = scalar(part_number)
         row = part // blocks
         n = row // SPLITS
@@ -223,7 +226,7 @@ def merge_splits(
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         live = n < N
-        E0, E1, F0, F1, K0, K1, highest, count, first = merge_sums(
+        E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = merge_sums(
             sums, first_from, n, live, scalar(N) * SPLITS, c, j, PIXEL, SPLITS, C, P, ACC
         )
         store_rows(merged, n, live, c, j, E0, C, P)
@@ -232,7 +235,7 @@ def merge_splits(
             store_rows(merged + 2 * size, n, live, c, j, F0, C, P)
             store_rows(merged + 3 * size, n, live, c, j, F1, C, P)
             store_rows(merged + 4 * size, n, live, c, j, K1, C, P)
-            store_rows(merged + 5 * size, n, live, c, j, tl.zeros_like(K1), C, P)  # K1 has its share of the maxima
+            store_rows(merged + 5 * size, n, live, c, j, top_sum, C, P)
             store_tops(merged + 6 * size, first_to, n, live, small, c, K0, highest, count, first, C)
         dstate = tl.zeros((BN, PT2), tl.float64)
         for split in range(SPLITS):
@@ -430,11 +433,12 @@ def small_gradients(
             ACC,
         )
         dedge += more
-        E0, E1, F0, F1, K0, K1, highest, count, first = merge_sums(
+        E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = merge_sums(
             sums, first_from, n, live, scalar(N) * SPLITS, c, j, PIXEL, SPLITS, C, P, ACC
         )
         if PIXEL:
             store_tops(tops, first_to, n, live, scalar(N).to(tl.int64) * C, c, K0, highest, count, first, C)
+            K1 -= (K0 / tl.maximum(count, 1.0))[:, None] * top_sum
         m = rows_of(per_image(saved, N, 0, C, P), n, live, c, j, C, P, ACC)
         if NORM == "none":
             b = m

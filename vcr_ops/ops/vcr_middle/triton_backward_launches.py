@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...maps import acc_dtype, empty_map_like
+from ...triton_common.configs import multiprocessors
 from ...triton_common.launch import launch
 from ...triton_common.maps import dense, map_view_like, power_of_two
 from ...triton_common.sizes import Sizes, cdiv, options, rows_at_once, sizes_of, splits_of
@@ -16,7 +17,9 @@ from . import triton_backward, triton_input_grad
 from .arguments import Learned, Variant
 from .kept import sums_size
 
-STATE_ROWS = 1024  # of sums of the states, which every program of small_gradients adds up
+# Programs of modulate_backward_sums per multiprocessor: as many rows of sums of the states does every program of
+# small_gradients add up. Registers let 1, 2 or 3 of them run at a time, so that all end at about the same time.
+STATE_ROWS = 6
 STATE_TILE = 2048  # numbers of them at a time
 GRADIENT_GROUPS = 8
 GRADIENT_TILE = 1024  # elements that small_gradients has of several images, beside many sums
@@ -58,8 +61,7 @@ def backward_sums(
     found = size.config("modulate_backward_sums")
     splits = splits_of(found, S)
     parts = N * splits * cdiv(C, found["CB"])
-    per_program = cdiv(parts, STATE_ROWS)
-    programs = cdiv(parts, per_program)
+    programs = min(parts, STATE_ROWS * multiprocessors(y.device))
     sums = saved.new_empty((sums_size(N * splits, C, p, variant.modulation),))
     first = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
     dstate = saved.new_empty((N * splits * C * pt,))
@@ -82,7 +84,8 @@ def backward_sums(
         state_sums,
         N,
         S,
-        per_program,
+        parts // programs,
+        parts % programs,
         **size.map_constants,
         PT=pt,
         PT2=power_of_two(pt),
