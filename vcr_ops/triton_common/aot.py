@@ -182,17 +182,16 @@ def compile_kernel(kernel: Kernel) -> Result:
 
 def problems() -> list[tuple[str, Problem]]:
     """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
-    in training (channels_last: with one image and with many) and in evaluation (with larger maps, too); and with each
-    layout op by op and step by step. In float64, which is for checks of gradients, each of them in one mode.
+    in training (the defaults with many images, and something else, in channels_last with one) and in evaluation (with
+    larger maps, too); and with each layout op by op and step by step. In float64, for checks of gradients, each of them
+    in one mode.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
     places: list[tuple[Any, ...]] = []  # with the batches and types that are to choose from
     for arch, layout in itertools.product(ARCHS, LAYOUTS):
-        batches = ((1,), (256, 1024)) if layout == "channels_last" else (BATCHES,)
-        places += [
-            (arch, layout, stage, "training", some, DTYPES) for stage, some in itertools.product(STAGES, batches)
-        ]
+        batches = (1,) if layout == "channels_last" else BATCHES
+        places += [(arch, layout, stage, "training", batches, DTYPES) for stage in STAGES]
         sizes = STAGES + LARGE + OTHER[layout]
         places += [(arch, layout, size, "evaluation", BATCHES, DTYPES) for size in sizes]
     for i, (mode, arch, layout) in enumerate(itertools.product(("single ops", "steps"), ARCHS, LAYOUTS)):
@@ -209,10 +208,16 @@ def problems() -> list[tuple[str, Problem]]:
         pairs, threes = (sum(each not in seen for each in itertools.combinations(numbered, k)) for k in (2, 3))
         return pairs, threes
 
+    def choices_at_places() -> Iterator[tuple[Any, ...]]:
+        defaults = (torch.bfloat16, BATCHES[0], LOOKS[0], EDGES[0], AFFINES[0])
+        for arch, layout, stage in itertools.product(ARCHS, LAYOUTS, STAGES):
+            yield arch, layout, stage, "training", *defaults
+        for *place, batches, dtypes in places:
+            free = (variant for variant in variants if variant[0] in dtypes and variant[1] in batches)
+            yield max(((*place, *variant) for variant in free), key=news)
+
     found = []
-    for *place, batches, dtypes in places:
-        free = (variant for variant in variants if variant[0] in dtypes and variant[1] in batches)
-        choices = max(((*place, *variant) for variant in free), key=news)
+    for choices in choices_at_places():
         numbered = list(enumerate(choices))
         seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))
         arch, layout, (p, size), mode, dtype, n, (sampler, modulation), edges, affine = choices

@@ -89,10 +89,11 @@ def splits_of(found: dict[str, int], S: int) -> int:
 def sample_config(size: Sizes, save: bool) -> dict[str, int]:
     """The sampler's configuration. In evaluation a tile is all positions of its concepts, where that isn't too much."""
     found = size.config("concept_sample" if save else "concept_sample_inference")
-    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"] * (WIDE if size.itemsize == 8 else 1)
+    wide = size.itemsize == 8
+    whole = power_of_two(size.S) * power_of_two(size.p) * found["CB"] * (WIDE if wide else 1)
     if save or whole > ONE_TILE:
         return found
-    return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // 1024)}
+    return {**found, "BS": power_of_two(size.S), "num_warps": max(4, whole // (2048 if wide else 1024))}
 
 
 def sampler_splits(size: Sizes, found: dict[str, int], save: bool) -> int:
