@@ -293,6 +293,18 @@ def test_steps_on_triton_are_close_to_float64(case: Case) -> None:
     ALONE.closeness(case, "triton").check()
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("modulation", ["channel", "pixel"])
+def test_steps_on_triton_merge_images_block_by_block(modulation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vcr_ops.ops.vcr_middle import triton_backward_launches
+
+    case = next(case for case in STEPPED if case.modulation == modulation and case.shape[0] > 1 and case.dtype == "f32")
+    as_one = ALONE.our_result(*ALONE.draw(case), case, "triton").tensors()
+    monkeypatch.setattr(triton_backward_launches, "GRADIENT_TILE", 1)
+    for name, x in ALONE.our_result(*ALONE.draw(case), case, "triton").tensors().items():
+        torch.testing.assert_close(x, as_one[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_our_sync_batch_norm_by_itself() -> None:
     ours = vcr_ops.SyncBatchNorm(6, momentum=None).double()
     theirs = nn.BatchNorm2d(6, momentum=None).double()

@@ -131,7 +131,7 @@ def test_every_kernel_compiles() -> None:
 
 def test_every_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled ahead of time uses each rule of the table, on each architecture that it is for. (The last is for
-    whatever no other is for, which may be nothing.)"""
+    whatever no other is for; on sm_100 that is nothing.)"""
     used, holds = set(), configs._holds
 
     def noted(rule: configs.Rule, names: dict[str, Any], sizes: dict[str, int]) -> bool:
@@ -144,8 +144,9 @@ def test_every_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     configs.config.cache_clear()
     for arch, problem in aot.problems():
         record.launches(problem, arch)
-    archs = [rule.get("arch", aot.ARCHS) for rule in configs.rules()[:-1]]
+    archs = [rule.get("arch", aot.ARCHS) for rule in configs.rules()]
     wanted = {(i, arch) for i, of in enumerate(archs) for arch in ([of] if isinstance(of, str) else of)}
+    wanted -= {(len(configs.rules()) - 1, "sm_100")}
     assert {(i, arch) for i, arch in wanted if arch in aot.ARCHS} - used == set()
 
 

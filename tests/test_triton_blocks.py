@@ -27,7 +27,7 @@ def test_blocks_are_as_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sizes, "SMALL_TILE", 4)
     monkeypatch.setattr(reason, "SMALL_TILE", 8)
-    monkeypatch.setattr(middle, "STATE_TILE", 4)
+    monkeypatch.setattr(middle, "STATE_SUMS_TILE", 4)
     monkeypatch.setattr(middle, "GRADIENT_TILE", 4)
     monkeypatch.setattr(sizes, "MERGED_TILE", 0)
     monkeypatch.setattr(sizes, "LARGEST_TILE", 4)
@@ -56,6 +56,7 @@ def test_states_of_several_images_in_a_row(edges: str, channels_last: bool, monk
 
     y = feature_map(5, 12, 3, 5, dtype=torch.float64, channels_last=channels_last)
     monkeypatch.setattr(triton_forward_launches, "STATE_ROWS", 2)
-    monkeypatch.setattr(triton_backward_launches, "STATE_ROWS", 1)
+    monkeypatch.setattr(triton_backward_launches, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(triton_backward_launches, "MOST_ALONE", 1)
     ours, other = (results(module(name, edges=edges).double(), y) for name in ("triton", "composite"))
     assert_same(ours, other, 1e-10)

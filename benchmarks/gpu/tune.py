@@ -317,7 +317,9 @@ def new_rules(outcomes: Iterable[Outcome], batches: Sequence[int], arch: str) ->
                     "S": [-(-positions // 4), 4 * positions],
                     **batch,
                     "itemsize": problem.dtype.itemsize,
-                    "config": {name: each.best[name] for name in configs.FIELDS},
+                    "config": {
+                        name: each.best[name] for name in (*configs.FIELDS, *configs.OPTIONAL) if name in each.best
+                    },
                 }
             )
         latest = each

@@ -96,7 +96,7 @@ template <class A>
 VCR_INLINE void save_split(double x, A& high, A& low) {
   high = A(x);
   const double rest = x - double(high);
-  low = rest == rest ? A(rest) : A(0);
+  low = rest - rest == 0 ? A(rest) : A(0);
 }
 // `of` becomes what the backward pass will find.
 template <class A>

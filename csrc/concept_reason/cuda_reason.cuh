@@ -68,7 +68,7 @@ VCR_DEVICE StateNormValues kept_state_norm(const A* kept, int64_t pt, int64_t k)
 template <class A>
 VCR_DEVICE A lost_by_rounding(double x) {
   const double rest = x - double(A(x));
-  return rest == rest ? A(rest) : A(0);
+  return rest - rest == 0 ? A(rest) : A(0);
 }
 template <class A>
 VCR_DEVICE void keep_state_norm(StateNormValues norm, A* to, int64_t pt, int64_t k) {

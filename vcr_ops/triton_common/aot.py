@@ -184,7 +184,7 @@ def problems() -> list[tuple[str, Problem]]:
     """All that the rules of ``configs.json`` depend on: each architecture with each stage and layout
     in training (the defaults with many images, and something else, in channels_last with one) and in evaluation (with
     larger maps, too); and with each layout op by op and step by step. In float64, for checks of gradients, each of them
-    in one mode.
+    in one mode. And with each architecture a frozen norm of the states.
 
     What else there is to choose is chosen so that as many threes of choices as can meet.
     """
@@ -216,7 +216,10 @@ def problems() -> list[tuple[str, Problem]]:
             free = (variant for variant in variants if variant[0] in dtypes and variant[1] in batches)
             yield max(((*place, *variant) for variant in free), key=news)
 
-    found = []
+    found = [
+        (arch, Problem(p, size, BATCHES[0], layout=layout, edges=EDGES[i % len(EDGES)], frozen=True))
+        for i, (arch, (p, size), layout) in enumerate(zip(ARCHS, STAGES, itertools.cycle(LAYOUTS), strict=False))
+    ]
     for choices in choices_at_places():
         numbered = list(enumerate(choices))
         seen.update(itertools.combinations(numbered, 2), itertools.combinations(numbered, 3))

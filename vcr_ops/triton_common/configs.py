@@ -8,7 +8,8 @@ They stand in ``configs.json``, an ordered list of rules. A rule is an object wi
     p, S, N   [lowest, highest], both included; null is no bound
     itemsize  bytes of a feature, or a list of them
     config    BS: positions per tile. CB: concepts per tile. num_warps, num_stages. splits: how many programs share the
-              positions of an image (of a sampler in evaluation: none)
+              positions of an image (of a sampler in evaluation: none). maxnreg, for NVIDIA alone, need not be there: as many
+              registers as a thread may take. Without it the assembler may spill to let more programs run
 
 A condition that is missing holds for everything, and the first rule whose conditions all hold gives its ``config``. The
 last one has no conditions. ``python -m benchmarks tune`` measures on the GPU at hand and puts rules for it in front.
@@ -33,7 +34,7 @@ PATH = Path(__file__).with_name("configs.json")
 BATCH_FREE = ("concept_sample_inference", "concept_modulate")
 # A100, H100 and H200, B200, MI300X
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
-FIELDS = ("BS", "CB", "num_warps", "num_stages", "splits")
+FIELDS, OPTIONAL = ("BS", "CB", "num_warps", "num_stages", "splits"), ("maxnreg",)
 Rule = dict[str, Any]
 
 _pretended: list[str] = []
@@ -65,7 +66,7 @@ def check(table: list[Rule]) -> None:
     for i, rule in enumerate(table):
         if unknown := rule.keys() - known:
             raise ValueError(f"rule {i} has an unknown field, {min(unknown)!r}; it takes {', '.join(sorted(known))}")
-        if missing := set(FIELDS) ^ rule.get("config", {}).keys():
+        if missing := set(FIELDS) ^ (rule.get("config", {}).keys() - set(OPTIONAL)):
             raise ValueError(f"rule {i}: config must have exactly {', '.join(FIELDS)}; look at {min(missing)!r}")
     if not table or table[-1].keys() != {"config"}:
         raise ValueError("the last rule must hold for everything: it takes a config and no conditions")

@@ -42,6 +42,7 @@ class Problem:
     modulation: str = "channel"
     affine: str = "both"
     concepts: int = 32
+    frozen: bool = False  # in training: the states' norm goes by given statistics
 
 
 @contextmanager
@@ -86,7 +87,8 @@ def middle_launches(problem: Problem, arch: str) -> tuple[list[Launch], list[Lau
         y = _map(problem, problem.concepts * problem.p)
         out, *found, saved = run_forward(middle, y)
         if middle.training:
-            move([move_of(middle.bn, *found[:2]), move_of(middle.reasoner.bn, *found[2:])])
+            norms = [(middle.bn, found[:2]), (middle.reasoner.bn, found[2:])]
+            move([move_of(norm, *statistics) for norm, statistics in norms if norm.training])
         forward = launches.copy()
         launches.clear()
         if middle.training:
@@ -96,7 +98,7 @@ def middle_launches(problem: Problem, arch: str) -> tuple[list[Launch], list[Lau
 
 def middle_of(problem: Problem) -> nn.Module:
     """The module, in the problem's mode."""
-    return VisualConceptReasoning(
+    middle = VisualConceptReasoning(
         problem.concepts * problem.p,
         problem.concepts,
         sampler=problem.sampler,
@@ -104,6 +106,8 @@ def middle_of(problem: Problem) -> nn.Module:
         modulation=problem.modulation,
         affine=problem.affine,
     ).train(problem.mode in ("training", "steps"))
+    middle.reasoner.bn.train(middle.training and not problem.frozen)
+    return middle
 
 
 def run_forward(middle: Any, y: Tensor) -> tuple[Tensor, ...]:

@@ -78,7 +78,7 @@ def cdiv(a: int, b: int) -> int:
 
 def options(found: dict[str, int]) -> dict[str, int]:
     """What Triton itself takes of a configuration."""
-    return {"num_warps": found["num_warps"], "num_stages": found["num_stages"]}
+    return {name: found[name] for name in ("num_warps", "num_stages", "maxnreg") if name in found}
 
 
 def splits_of(found: dict[str, int], S: int) -> int:

@@ -260,8 +260,8 @@ def merge_sums(
     P: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Concept c of the images ``n`` (BN,), of ``rows`` rows SPLITS each, which are merged in order: what backward_sweep
-    returns, of whole images, (BN, P2) and (BN,)."""
+    """Concept c of the images ``n`` (BN,): what backward_sweep returns, of whole images, (BN, P2) and (BN,). An image
+    has SPLITS of the ``rows`` rows, which are merged in order."""
     size = scalar(rows).to(tl.int64) * (C * P)
     small = scalar(rows).to(tl.int64) * C
     first_row = n.to(tl.int64) * SPLITS

@@ -189,7 +189,7 @@ def store_state_part(parts, row, k, mean, squares, PT: tl.constexpr):
 @triton.jit
 def store_state_norm(to, k, rstd, mean, PT: tl.constexpr):
     """What both directions must see alike, (4, pt): 1 / sqrt(var + eps), what rounding takes from it, and the mean in
-    the same way."""
+    the same way. (Two float32 have 48 of float64's 53 bits.)"""
     store_split(to, k, rstd, PT)
     store_split(to + 2 * PT, k, mean, PT)
 
@@ -200,7 +200,7 @@ def store_split(to, k, x, PT: tl.constexpr):
     rounded = x.to(to.dtype.element_ty)
     rest = x - rounded.to(tl.float64)
     tl.store(to + k, rounded, mask=k < PT)
-    tl.store(to + PT + k, tl.where(rest == rest, rest, 0.0).to(to.dtype.element_ty), mask=k < PT)
+    tl.store(to + PT + k, tl.where(rest - rest == 0.0, rest, 0.0).to(to.dtype.element_ty), mask=k < PT)
 
 
 @triton.jit
@@ -213,14 +213,14 @@ def load_state_norm(base, k, PT: tl.constexpr):
 
 @triton.jit
 def store_state_sums(parts, row, k, dstate, product, PT: tl.constexpr):
-    """Row ``row`` of parts (rows, 2, pt): the sums of dstate and of dstate G over some states."""
+    """Row ``row`` of parts (rows, 2, pt): the sums of dstate and of dstate (G - mean) over some states."""
     at = parts + 2 * row * PT + k
     tl.store(at, dstate, mask=k < PT)
     tl.store(at + PT, product, mask=k < PT)
 
 
 @triton.jit
-def load_state_sums(parts, rows, k, mean, rstd, PT: tl.constexpr, ROWS: tl.constexpr):
+def load_state_sums(parts, rows, k, rstd, PT: tl.constexpr, ROWS: tl.constexpr):
     """The sums of dstate and of dstate xhat over all rows of parts, ROWS at a time: (PT2,) float64 each, the gradients
     of the norm's bias and weight."""
     dstate = tl.zeros((k.shape[0],), tl.float64)
@@ -231,7 +231,7 @@ def load_state_sums(parts, rows, k, mean, rstd, PT: tl.constexpr, ROWS: tl.const
         at = parts + (2 * row * PT)[:, None] + k[None, :]
         dstate += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
         product += tl.sum(tl.load(at + PT, mask=mask, other=0.0), 0)
-    return dstate, (product - mean * dstate) * rstd
+    return dstate, product * rstd
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def state_norm_backward(
     n = tl.program_id(0)
     k = tl.arange(0, PT2)
     mean, rstd = load_state_norm(norm_from, k, PT)
-    sum0, sum1 = load_state_sums(parts, N, k, mean, rstd, PT, ROWS)
+    sum0, sum1 = load_state_sums(parts, N, k, rstd, PT, ROWS)
     if n == 0:
         store_norm_gradients(dweight, dbias, k, sum0, sum1, PT, ACC)
     gain = load_vector(weight, k, 1.0, PT, tl.float64) * rstd
@@ -427,7 +427,7 @@ def state_relu_backward(
         dstate = tl.where(state <= 0, 0.0, load_states(dstate_from, n, c, k, C, PT, ACC))
         store_states(dstate_to, n, c, k, dstate, C, PT)
         sum0 += tl.sum(dstate.to(tl.float64), 0)
-        sum1 += tl.sum(dstate.to(tl.float64) * g.to(tl.float64), 0)
+        sum1 += tl.sum(dstate.to(tl.float64) * tl.where((c < C)[:, None], g.to(tl.float64) - mean[None, :], 0.0), 0)
     store_state_sums(parts, n, k, sum0, sum1, PT)
 
 

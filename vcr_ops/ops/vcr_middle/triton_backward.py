@@ -77,6 +77,110 @@ def state_gradient(
 
 
 @triton.jit
+def part_sums(
+    part,
+    y,
+    image,
+    channel,
+    position,
+    grad,
+    grad_image,
+    grad_channel,
+    grad_position,
+    norm_bias,
+    scale_weight,
+    shift_weight,
+    scale_bias,
+    shift_bias,
+    saved,
+    sums,
+    first_to,
+    dstate_to,
+    N,
+    S,
+    NORM: tl.constexpr,
+    PIXEL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    P2: tl.constexpr,
+    PT: tl.constexpr,
+    PT2: tl.constexpr,
+    CB: tl.constexpr,
+    BS: tl.constexpr,
+    LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One part of the pass: stores its sums and dL/d(state); returns the two sums of store_state_sums, (PT2,)."""
+    blocks: tl.constexpr = (C + CB - 1) // CB
+    row = part // blocks
+    n = row // SPLITS
+    c = part % blocks * CB + tl.arange(0, CB)
+    j = tl.arange(0, P2)
+    k = tl.arange(0, PT2)
+    begin, end = split_range(row % SPLITS, scalar(S), BS, SPLITS)
+    mu, v, maximum, A1, B1, A0, B0 = modulator_of(
+        saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
+    )
+    rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
+    grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
+    E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
+        rows,
+        grad_rows,
+        some,
+        begin,
+        end,
+        position,
+        grad_position,
+        mu,
+        v,
+        maximum,
+        A1,
+        B1,
+        A0,
+        B0,
+        PIXEL,
+        CB,
+        P2,
+        BS,
+        LAST,
+        ACC,
+    )
+    store_sums(
+        sums,
+        first_to,
+        row,
+        scalar(N) * SPLITS,
+        c,
+        j,
+        E0,
+        E1,
+        F0,
+        F1,
+        K0,
+        K1,
+        highest,
+        count,
+        first,
+        top_sum,
+        PIXEL,
+        C,
+        P,
+    )
+    if not PIXEL:
+        F0 = E0
+        F1 = E1
+    _, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)  # loaded late: registers are short above
+    state = states_at(saved, N, 3, C, P, PT)
+    dstate = state_gradient(F0, F1, s, b, scale_weight, shift_weight, state, n, c, j, k, C, P, PT, ACC)
+    store_states(dstate_to, row, c, k, dstate, C, PT)
+    g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, tl.float64)
+    mean, _ = load_state_norm(state_norm_of(saved, N, C, P, PT), k, PT)
+    wide = dstate.to(tl.float64)
+    return tl.sum(wide, 0), tl.sum(wide * tl.where((c < C)[:, None], g - mean[None, :], 0.0), 0)
+
+
+@triton.jit
 def modulate_backward_sums(
     y,
     image,
@@ -98,11 +202,10 @@ def modulate_backward_sums(
     state_sums,
     N,
     S,
-    each,
-    longer,
     NORM: tl.constexpr,
     PIXEL: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALONE: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
     P2: tl.constexpr,
@@ -113,83 +216,89 @@ def modulate_backward_sums(
     LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """2R. Grid (programs,): of the parts, (N * SPLITS * concept blocks,), each program takes ``each``, one after the
-    other, and the first ``longer`` programs one more.
+    """2R. Grid (programs,): they take turns with the parts, (N * SPLITS * concept blocks,). ALONE: each has one, and
+    registers are fewer than in a loop.
 
-    sums, first_to: see store_sums, and dstate_to (N * SPLITS, C, pt), with a row for each split of an image.
-    state_sums: see store_state_sums, with a row for each program.
+    sums, first_to: see store_sums; they and dstate_to, (N * SPLITS, C, pt), have a row for each split of an image.
+    state_sums: see store_state_sums; a row for each program.
     """
-    blocks: tl.constexpr = (C + CB - 1) // CB
-    j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
-    sum0 = tl.zeros((PT2,), tl.float64)
-    sum1 = tl.zeros((PT2,), tl.float64)
-    program = tl.program_id(0)
-    first_part = program * each + tl.minimum(program, longer)
-    for part_number in range(first_part, first_part + each + tl.where(program < longer, 1, 0)):
-        part = scalar(part_number)
-        row = part // blocks
-        n = row // SPLITS
-        c = part % blocks * CB + tl.arange(0, CB)
-        begin, end = split_range(row % SPLITS, scalar(S), BS, SPLITS)
-        mu, v, maximum, A1, B1, A0, B0 = modulator_of(
-            saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
-        )
-        rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
-        grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
-        E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
-            rows,
-            grad_rows,
-            some,
-            begin,
-            end,
+    if ALONE:
+        sum0, sum1 = part_sums(
+            tl.program_id(0),
+            y,
+            image,
+            channel,
             position,
+            grad,
+            grad_image,
+            grad_channel,
             grad_position,
-            mu,
-            v,
-            maximum,
-            A1,
-            B1,
-            A0,
-            B0,
+            norm_bias,
+            scale_weight,
+            shift_weight,
+            scale_bias,
+            shift_bias,
+            saved,
+            sums,
+            first_to,
+            dstate_to,
+            N,
+            S,
+            NORM,
             PIXEL,
-            CB,
+            SPLITS,
+            C,
+            P,
             P2,
+            PT,
+            PT2,
+            CB,
             BS,
             LAST,
             ACC,
         )
-        store_sums(
-            sums,
-            first_to,
-            row,
-            scalar(N) * SPLITS,
-            c,
-            j,
-            E0,
-            E1,
-            F0,
-            F1,
-            K0,
-            K1,
-            highest,
-            count,
-            first,
-            top_sum,
-            PIXEL,
-            C,
-            P,
-        )
-        if not PIXEL:
-            F0 = E0
-            F1 = E1
-        _, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)  # loaded late: registers are short above
-        state = states_at(saved, N, 3, C, P, PT)
-        dstate = state_gradient(F0, F1, s, b, scale_weight, shift_weight, state, n, c, j, k, C, P, PT, ACC)
-        store_states(dstate_to, row, c, k, dstate, C, PT)
-        g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, tl.float64)
-        sum0 += tl.sum(dstate.to(tl.float64), 0)
-        sum1 += tl.sum(dstate.to(tl.float64) * g, 0)
+    else:
+        sum0 = tl.zeros((PT2,), tl.float64)
+        sum1 = tl.zeros((PT2,), tl.float64)
+        parts = scalar(N) * SPLITS * tl.cdiv(C, CB)
+        for part in range(tl.program_id(0), parts, tl.num_programs(0)):
+            more0, more1 = part_sums(
+                scalar(part),
+                y,
+                image,
+                channel,
+                position,
+                grad,
+                grad_image,
+                grad_channel,
+                grad_position,
+                norm_bias,
+                scale_weight,
+                shift_weight,
+                scale_bias,
+                shift_bias,
+                saved,
+                sums,
+                first_to,
+                dstate_to,
+                N,
+                S,
+                NORM,
+                PIXEL,
+                SPLITS,
+                C,
+                P,
+                P2,
+                PT,
+                PT2,
+                CB,
+                BS,
+                LAST,
+                ACC,
+            )
+            sum0 += more0
+            sum1 += more1
     store_state_sums(state_sums, tl.program_id(0), k, sum0, sum1, PT)
 
 
@@ -198,7 +307,7 @@ def merge_splits(
     sums,
     first_from,
     dstate_from,
-    g_from,
+    saved,
     merged,
     first_to,
     dstate_to,
@@ -221,6 +330,7 @@ def merge_splits(
     k = tl.arange(0, PT2)
     size = scalar(N).to(tl.int64) * (C * P)
     small = scalar(N).to(tl.int64) * C
+    mean, _ = load_state_norm(state_norm_of(saved, N, C, P, PT), k, PT)
     sum0 = tl.zeros((PT2,), tl.float64)
     sum1 = tl.zeros((PT2,), tl.float64)
     for start in range(0, N, BN):
@@ -243,7 +353,8 @@ def merge_splits(
         dstate = dstate.to(ACC)
         store_rows(dstate_to, n, live, c, k, dstate, C, PT)
         sum0 += tl.sum(dstate.to(tl.float64), 0)
-        sum1 += tl.sum(dstate.to(tl.float64) * rows_of(g_from, n, live, c, k, C, PT, tl.float64), 0)
+        g = rows_of(states_at(saved, N, 2, C, P, PT), n, live, c, k, C, PT, tl.float64)
+        sum1 += tl.sum(dstate.to(tl.float64) * tl.where(live[:, None], g - mean[None, :], 0.0), 0)
     store_state_sums(state_sums, c, k, sum0, sum1, PT)
 
 
@@ -352,9 +463,9 @@ def small_gradients(
 ):
     """Concept c over a group of images: the parameters' gradients, and what the last pass needs. Grid (C, groups).
 
-    sums to state_sums: what modulate_backward_sums leaves, the last in ``state_rows`` rows. partial (groups, total):
-    value, query, key (C, p, pt), scale_weight, shift_weight (C, pt, p), logit, scale_bias, shift_bias, ds, db (C*p),
-    edge. dr_to, constant_to (N, C*p), rdr_to (N, C); tops, first_to: see store_tops.
+    sums to state_sums: what modulate_backward_sums or merge_splits leaves, the last in ``state_rows`` rows. partial
+    (groups, total): value, query, key (C, p, pt), scale_weight, shift_weight (C, pt, p), logit, scale_bias, shift_bias,
+    ds, db (C*p), edge. dr_to, constant_to (N, C*p), rdr_to (N, C); tops, first_to: see store_tops.
     """
     c = tl.program_id(0)
     group = tl.program_id(1)
@@ -367,7 +478,7 @@ def small_gradients(
     share1 = tl.zeros((PT2,), tl.float64)
     first_program = (c == 0) & (group == 0)
     if STATE_BATCH:
-        sum0, sum1 = load_state_sums(state_sums, state_rows, k, mean, rstd, PT, ROWS)
+        sum0, sum1 = load_state_sums(state_sums, state_rows, k, rstd, PT, ROWS)
         share = 1.0 / (scalar(N).to(tl.float64) * C)
         share0 = sum0 * share
         share1 = sum1 * share
@@ -375,7 +486,7 @@ def small_gradients(
             store_norm_gradients(dstate_weight, dstate_bias, k, sum0, sum1, PT, ACC)
     else:
         if first_program:
-            sum0, sum1 = load_state_sums(state_sums, state_rows, k, mean, rstd, PT, ROWS)
+            sum0, sum1 = load_state_sums(state_sums, state_rows, k, rstd, PT, ROWS)
             store_norm_gradients(dstate_weight, dstate_bias, k, sum0, sum1, PT, ACC)
     norm = (mean, rstd, load_vector(state_weight, k, 1.0, PT, tl.float64) * rstd, share0, share1)
 

@@ -18,9 +18,10 @@ from .arguments import Learned, Variant
 from .kept import sums_size
 
 # Programs of modulate_backward_sums per multiprocessor: as many rows of sums of the states does every program of
-# small_gradients add up. Registers let 1, 2 or 3 of them run at a time, so that all end at about the same time.
-STATE_ROWS = 6
-STATE_TILE = 2048  # numbers of them at a time
+# small_gradients add up. Registers let 2 or 3 of those that have several parts run at a time, so that all end at about
+# the same time; those that have one each may be more.
+PROGRAMS_PER_MULTIPROCESSOR, MOST_ALONE = 6, 8
+STATE_SUMS_TILE = 2048  # numbers of them at a time
 GRADIENT_GROUPS = 8
 GRADIENT_TILE = 1024  # elements that small_gradients has of several images, beside many sums
 
@@ -43,7 +44,7 @@ class Sums(NamedTuple):
     state_sums: Tensor
 
     def rows(self, pt: int) -> int:
-        """Of the last."""
+        """Of state_sums."""
         return self.state_sums.numel() // (2 * pt)
 
 
@@ -61,7 +62,9 @@ def backward_sums(
     found = size.config("modulate_backward_sums")
     splits = splits_of(found, S)
     parts = N * splits * cdiv(C, found["CB"])
-    programs = min(parts, STATE_ROWS * multiprocessors(y.device))
+    processors = multiprocessors(y.device)
+    alone = parts <= MOST_ALONE * processors
+    programs = parts if alone else PROGRAMS_PER_MULTIPROCESSOR * processors
     sums = saved.new_empty((sums_size(N * splits, C, p, variant.modulation),))
     first = y.new_empty((N * splits * C if pixel else 0,), dtype=torch.int32)
     dstate = saved.new_empty((N * splits * C * pt,))
@@ -84,14 +87,13 @@ def backward_sums(
         state_sums,
         N,
         S,
-        parts // programs,
-        parts % programs,
         **size.map_constants,
         PT=pt,
         PT2=power_of_two(pt),
         NORM=variant.norm,
         PIXEL=pixel,
         SPLITS=splits,
+        ALONE=alone,
         CB=found["CB"],
         BS=found["BS"],
         **options(found),
@@ -100,19 +102,19 @@ def backward_sums(
 
 
 def merge_splits(
-    size: Sizes, parts: Sums, g: Tensor, merged: Tensor, first: Tensor, dstate: Tensor, modulation: str
+    size: Sizes, parts: Sums, saved: Tensor, merged: Tensor, first: Tensor, dstate: Tensor, modulation: str
 ) -> Sums:
-    """The same with a row for each image, in the memory given. g: (N, C, pt)."""
+    """The same with a row for each image, in the memory given."""
     N, C, p, pt, _ = size[:5]
-    state_sums = g.new_empty((C * 2 * pt,), dtype=torch.float64)
+    state_sums = saved.new_empty((C * 2 * pt,), dtype=torch.float64)
     launch(
         triton_backward.merge_splits,
         (C,),
-        g.device,
+        saved.device,
         parts.sums,
         parts.first,
         parts.dstate,
-        g,
+        saved,
         merged,
         first,
         dstate,
@@ -202,7 +204,7 @@ def small_gradients(
         SCALE=learned.scale_weight is not None,
         SHIFT=learned.shift_weight is not None,
         BN=max(1, min(power_of_two(per_group), at_once)),
-        ROWS=max(1, min(power_of_two(rows), STATE_TILE // pt2)),
+        ROWS=max(1, min(power_of_two(rows), STATE_SUMS_TILE // pt2)),
         num_warps=8,
     )
     return partial, groups

@@ -127,11 +127,10 @@ def vcr_middle_backward_sums(
         return summed, y.new_zeros((2, pt), dtype=torch.float64), *zeros
     merged, dstate, first = _summed(size, summed, variant.modulation)
     parts = backward_sums(grad_out, y, size, learned, late, variant)
-    g = late.narrow(0, saved_states(N, C, p, pt), N * C * pt)
-    sums = merge_splits(size, parts, g, merged, first, dstate, variant.modulation)
-    mean, rstd = state_norm
+    sums = merge_splits(size, parts, late, merged, first, dstate, variant.modulation)
     dbias, product = sums.state_sums.view(-1, 2, pt).sum(0)
-    state_sums = torch.stack((dbias, (product - mean * dbias) * rstd))
+    _, rstd = state_norm
+    state_sums = torch.stack((dbias, product * rstd))
     # of the modulator's parameters: z = s yhat + b
     maps = 4 if variant.modulation == "pixel" else 2
     E0, E1, *F = merged.narrow(0, 0, maps * N * C * p).view(maps, N, C, p).unbind(0)
@@ -187,9 +186,9 @@ def vcr_middle_backward_states(
     if N == 0:
         return attended, late.new_zeros((2, channels)), *(like_parameter(w, y).zero_() for w in earlier)
     merged, dstate, first = _summed(size, summed, variant.modulation)
-    mean, rstd = state_norm
+    _, rstd = state_norm
     sum0, sum1 = state_shares * (N * C)
-    everybody = torch.cat((sum0, sum1 / rstd + mean * sum0))
+    everybody = torch.cat((sum0, sum1 / rstd))
     to = Attended(*attended.split((N * channels, N * channels, N * C)))
     tops = _tops(size, merged, first)  # they are there, and an op doesn't write to what it is given
     given = (Sums(1, merged, first, dstate, everybody), to, Tops(*map(torch.empty_like, tops)))
