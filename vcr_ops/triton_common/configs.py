@@ -8,8 +8,8 @@ They stand in ``configs.json``, an ordered list of rules. A rule is an object wi
     p, S, N   [lowest, highest], both included; null is no bound
     itemsize  bytes of a feature, or a list of them
     config    BS: positions per tile. CB: concepts per tile. num_warps, num_stages. splits: how many programs share the
-              positions of an image (of a sampler in evaluation: none). maxnreg, for NVIDIA alone, need not be there: as many
-              registers as a thread may take. Without it the assembler may spill to let more programs run
+              positions of an image (of a sampler in evaluation: none). maxnreg, for NVIDIA alone, need not be there: as
+              many registers as a thread may take. Without it the assembler may spill to let more programs run
 
 A condition that is missing holds for everything, and the first rule whose conditions all hold gives its ``config``. The
 last one has no conditions. ``python -m benchmarks tune`` measures on the GPU at hand and puts rules for it in front.
