@@ -36,6 +36,7 @@ class Child:
         names.write_text("".join(f"{item.nodeid}\n" for item in items))
         reports.touch()
         self.reports: IO[str] = reports.open()
+        self.begun = ""  # of a report, as far as the child has written it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"@{names}"],
             cwd=config.rootpath,
@@ -54,8 +55,9 @@ class Child:
     def _reports_of(self, item: pytest.Item) -> Any:
         while True:
             over = self.process.poll() is not None  # before reading: what it wrote last must not be missed
-            line = self.reports.readline()
-            if line.endswith("\n"):
+            self.begun += self.reports.readline()
+            if self.begun.endswith("\n"):
+                line, self.begun = self.begun, ""
                 report = self.config.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
                 if isinstance(report.longrepr, list):
                     report.longrepr = tuple(report.longrepr)  # a reason to skip; JSON has no tuples
