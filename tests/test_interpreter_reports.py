@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -22,5 +23,5 @@ def test_a_report_that_is_read_before_it_is_written_out(request: pytest.FixtureR
             to.write(next(pieces))
             to.flush()
 
-        child.config, child.begun, child.process = config, "", SimpleNamespace(poll=poll)  # type: ignore[assignment]
+        child.config, child.begun, child.process = config, "", cast(Any, SimpleNamespace(poll=poll))
         assert [each.nodeid for each in child._reports_of(item)] == [item.nodeid]

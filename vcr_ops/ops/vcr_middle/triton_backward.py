@@ -77,110 +77,6 @@ def state_gradient(
 
 
 @triton.jit
-def part_sums(
-    part,
-    y,
-    image,
-    channel,
-    position,
-    grad,
-    grad_image,
-    grad_channel,
-    grad_position,
-    norm_bias,
-    scale_weight,
-    shift_weight,
-    scale_bias,
-    shift_bias,
-    saved,
-    sums,
-    first_to,
-    dstate_to,
-    N,
-    S,
-    NORM: tl.constexpr,
-    PIXEL: tl.constexpr,
-    SPLITS: tl.constexpr,
-    C: tl.constexpr,
-    P: tl.constexpr,
-    P2: tl.constexpr,
-    PT: tl.constexpr,
-    PT2: tl.constexpr,
-    CB: tl.constexpr,
-    BS: tl.constexpr,
-    LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """One part of the pass: stores its sums and dL/d(state); returns the two sums of store_state_sums, (PT2,)."""
-    blocks: tl.constexpr = (C + CB - 1) // CB
-    row = part // blocks
-    n = row // SPLITS
-    c = part % blocks * CB + tl.arange(0, CB)
-    j = tl.arange(0, P2)
-    k = tl.arange(0, PT2)
-    begin, end = split_range(row % SPLITS, scalar(S), BS, SPLITS)
-    mu, v, maximum, A1, B1, A0, B0 = modulator_of(
-        saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
-    )
-    rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
-    grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
-    E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
-        rows,
-        grad_rows,
-        some,
-        begin,
-        end,
-        position,
-        grad_position,
-        mu,
-        v,
-        maximum,
-        A1,
-        B1,
-        A0,
-        B0,
-        PIXEL,
-        CB,
-        P2,
-        BS,
-        LAST,
-        ACC,
-    )
-    store_sums(
-        sums,
-        first_to,
-        row,
-        scalar(N) * SPLITS,
-        c,
-        j,
-        E0,
-        E1,
-        F0,
-        F1,
-        K0,
-        K1,
-        highest,
-        count,
-        first,
-        top_sum,
-        PIXEL,
-        C,
-        P,
-    )
-    if not PIXEL:
-        F0 = E0
-        F1 = E1
-    _, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)  # loaded late: registers are short above
-    state = states_at(saved, N, 3, C, P, PT)
-    dstate = state_gradient(F0, F1, s, b, scale_weight, shift_weight, state, n, c, j, k, C, P, PT, ACC)
-    store_states(dstate_to, row, c, k, dstate, C, PT)
-    g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, tl.float64)
-    mean, _ = load_state_norm(state_norm_of(saved, N, C, P, PT), k, PT)
-    wide = dstate.to(tl.float64)
-    return tl.sum(wide, 0), tl.sum(wide * tl.where((c < C)[:, None], g - mean[None, :], 0.0), 0)
-
-
-@triton.jit
 def modulate_backward_sums(
     y,
     image,
@@ -222,84 +118,80 @@ def modulate_backward_sums(
     sums, first_to: see store_sums; they and dstate_to, (N * SPLITS, C, pt), have a row for each split of an image.
     state_sums: see store_state_sums; a row for each program.
     """
+    blocks: tl.constexpr = (C + CB - 1) // CB
+    j = tl.arange(0, P2)
     k = tl.arange(0, PT2)
-    if ALONE:
-        sum0, sum1 = part_sums(
-            tl.program_id(0),
-            y,
-            image,
-            channel,
+    sum0 = tl.zeros((PT2,), tl.float64)
+    sum1 = tl.zeros((PT2,), tl.float64)
+    own = tl.program_id(0)
+    end_of_parts = own + 1 if ALONE else scalar(N) * SPLITS * blocks
+    for part_number in range(own, end_of_parts, 1 if ALONE else tl.num_programs(0)):
+        part = scalar(part_number)
+        row = part // blocks
+        n = row // SPLITS
+        c = part % blocks * CB + tl.arange(0, CB)
+        begin, end = split_range(row % SPLITS, scalar(S), BS, SPLITS)
+        mu, v, maximum, A1, B1, A0, B0 = modulator_of(
+            saved, norm_bias, scale_bias, shift_bias, n, N, c, j, NORM, PIXEL, C, P, PT, ACC
+        )
+        rows, some = map_tile(y, n, image, channel, position, c, j, C, P, LAST)
+        grad_rows, _ = map_tile(grad, n, grad_image, grad_channel, grad_position, c, j, C, P, LAST)
+        E0, E1, F0, F1, K0, K1, highest, count, first, top_sum = backward_sweep(
+            rows,
+            grad_rows,
+            some,
+            begin,
+            end,
             position,
-            grad,
-            grad_image,
-            grad_channel,
             grad_position,
-            norm_bias,
-            scale_weight,
-            shift_weight,
-            scale_bias,
-            shift_bias,
-            saved,
-            sums,
-            first_to,
-            dstate_to,
-            N,
-            S,
-            NORM,
+            mu,
+            v,
+            maximum,
+            A1,
+            B1,
+            A0,
+            B0,
             PIXEL,
-            SPLITS,
-            C,
-            P,
-            P2,
-            PT,
-            PT2,
             CB,
+            P2,
             BS,
             LAST,
             ACC,
         )
-    else:
-        sum0 = tl.zeros((PT2,), tl.float64)
-        sum1 = tl.zeros((PT2,), tl.float64)
-        parts = scalar(N) * SPLITS * tl.cdiv(C, CB)
-        for part in range(tl.program_id(0), parts, tl.num_programs(0)):
-            more0, more1 = part_sums(
-                scalar(part),
-                y,
-                image,
-                channel,
-                position,
-                grad,
-                grad_image,
-                grad_channel,
-                grad_position,
-                norm_bias,
-                scale_weight,
-                shift_weight,
-                scale_bias,
-                shift_bias,
-                saved,
-                sums,
-                first_to,
-                dstate_to,
-                N,
-                S,
-                NORM,
-                PIXEL,
-                SPLITS,
-                C,
-                P,
-                P2,
-                PT,
-                PT2,
-                CB,
-                BS,
-                LAST,
-                ACC,
-            )
-            sum0 += more0
-            sum1 += more1
-    store_state_sums(state_sums, tl.program_id(0), k, sum0, sum1, PT)
+        store_sums(
+            sums,
+            first_to,
+            row,
+            scalar(N) * SPLITS,
+            c,
+            j,
+            E0,
+            E1,
+            F0,
+            F1,
+            K0,
+            K1,
+            highest,
+            count,
+            first,
+            top_sum,
+            PIXEL,
+            C,
+            P,
+        )
+        if not PIXEL:
+            F0 = E0
+            F1 = E1
+        _, s, b, _ = norm_view(saved, norm_bias, n, N, c, j, NORM, C, P, ACC)  # loaded late: registers are short above
+        state = states_at(saved, N, 3, C, P, PT)
+        dstate = state_gradient(F0, F1, s, b, scale_weight, shift_weight, state, n, c, j, k, C, P, PT, ACC)
+        store_states(dstate_to, row, c, k, dstate, C, PT)
+        g = load_states(states_at(saved, N, 2, C, P, PT), n, c, k, C, PT, tl.float64)
+        mean, _ = load_state_norm(state_norm_of(saved, N, C, P, PT), k, PT)
+        wide = dstate.to(tl.float64)
+        sum0 += tl.sum(wide, 0)
+        sum1 += tl.sum(wide * tl.where((c < C)[:, None], g - mean[None, :], 0.0), 0)
+    store_state_sums(state_sums, own, k, sum0, sum1, PT)
 
 
 @triton.jit
